@@ -1,0 +1,280 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options says how an [Engine] is made. The zero value is right for a gateway.
+type Options struct {
+	Loops    int // event loops; 0: one for each processor that Go uses (GOMAXPROCS)
+	PipeSize int // bytes of a pipe, rounded up by the kernel; 0: 1 MiB
+	MaxPipes int // pipes that may exist at once; 0: 128
+	// MaxConns bounds the sockets of the engine, accepted and dialled. Half of
+	// them at most are accepted ones, so that each can get its counterpart.
+	// 0: what RLIMIT_NOFILE leaves when MaxPipes pipes and a reserve of 128
+	// descriptors for the rest of the process are taken off.
+	MaxConns int
+	Log      *slog.Logger // nil: silent
+
+	tick time.Duration // of the clock for time limits; 0: 1 s
+}
+
+// reserveFDs is left for the rest of the process when MaxConns is derived.
+const reserveFDs = 128
+
+// Stats is a snapshot of what an [Engine] holds and has done.
+type Stats struct {
+	Conns     int    // sockets that exist, joined or not
+	Streams   int    // joined flows that have not ended
+	Pipes     int    // pipes that exist
+	PipesLent int    // pipes that bytes are in
+	Accepted  uint64 // connections accepted and given to a handler
+	Refused   uint64 // connections reset right after accept: MaxConns or the descriptor limit was reached
+	Shortages uint64 // times that a chunk was copied as there was no pipe
+}
+
+// Engine relays TCP flows on a few event loops. Make one with [New]; it is
+// safe for use by many goroutines.
+type Engine struct {
+	log     *slog.Logger
+	loops   []*loop
+	next    atomic.Uint32 // round robin over loops
+	gen     atomic.Uint32 // of the last Conn
+	conns   connTable
+	pipes   pipePool
+	waiters sync.Pool
+
+	maxConns int
+	tick     time.Duration
+	clock    atomic.Uint32 // ticks since the start
+	wheel    wheel[Stream]
+
+	live      atomic.Int64 // sockets
+	accepted  atomic.Int64 // of them, those from Serve
+	streams   atomic.Int64
+	accepts   atomic.Uint64
+	refused   atomic.Uint64
+	shortages atomic.Uint64
+
+	spareMu sync.Mutex
+	spare   int // descriptor kept for accepting when there is none left
+
+	closed   atomic.Bool
+	ctx      context.Context // of the engine itself: ends with Close; ends the clock and Serve
+	cancel   context.CancelFunc
+	handlers sync.WaitGroup
+	flows    sync.WaitGroup // streams whose Done has not returned
+	routines sync.WaitGroup // loops and the clock
+}
+
+// New starts an engine. [Engine.Close] ends it.
+func New(o Options) (*Engine, error) {
+	if o.Loops <= 0 {
+		o.Loops = runtime.GOMAXPROCS(0)
+	}
+	if o.PipeSize <= 0 {
+		o.PipeSize = 1 << 20
+	}
+	if o.MaxPipes <= 0 {
+		o.MaxPipes = 128
+	}
+	if o.MaxConns <= 0 {
+		n, err := connsFor(o.MaxPipes)
+		if err != nil {
+			return nil, err
+		}
+		o.MaxConns = n
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.tick <= 0 {
+		o.tick = time.Second
+	}
+	e := &Engine{
+		log:      o.Log,
+		pipes:    pipePool{max: o.MaxPipes, size: o.PipeSize},
+		maxConns: o.MaxConns,
+		tick:     o.tick,
+	}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	e.waiters.New = func() any { return &waiter{ch: make(chan struct{}, 1)} }
+	var err error
+	if e.spare, err = spareFD(); err != nil {
+		return nil, fmt.Errorf("relay: spare descriptor: %w", err)
+	}
+	for i := 0; i < o.Loops; i++ {
+		l, err := newLoop(e)
+		if err != nil {
+			for _, l := range e.loops {
+				l.release()
+			}
+			rawClose(e.spare)
+			return nil, fmt.Errorf("relay: event loop: %w", err)
+		}
+		e.loops = append(e.loops, l)
+	}
+	for _, l := range e.loops {
+		e.routines.Go(l.run)
+	}
+	e.routines.Go(e.runClock)
+	return e, nil
+}
+
+// Close ends everything: listeners stop accepting, streams are reset on both
+// sides with [EngineClosed], connections that are not joined are closed, so
+// that handlers blocked on one come back. It waits for the handlers, for every
+// Done and for the loops; it must not be called from one of them. Only the
+// first call does anything.
+func (e *Engine) Close() error {
+	if e.closed.Swap(true) {
+		return nil
+	}
+	e.cancel()
+	// A Conn made by a Dial or an accept that had already passed the check of
+	// closed is found in a later round, as its maker waits for the handlers.
+	done := make(chan struct{})
+	go e.waitHandlers(done)
+	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		e.conns.each(func(c *Conn) { c.shutdown() })
+		select {
+		case <-done:
+			e.conns.each(func(c *Conn) { c.shutdown() })
+			e.flows.Wait()
+			for _, l := range e.loops {
+				l.stop()
+			}
+			e.routines.Wait()
+			e.pipes.close()
+			e.spareMu.Lock()
+			rawClose(e.spare)
+			e.spare = -1
+			e.spareMu.Unlock()
+			return nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (e *Engine) waitHandlers(done chan<- struct{}) {
+	e.handlers.Wait()
+	close(done)
+}
+
+// Stats returns the figures of now.
+func (e *Engine) Stats() Stats {
+	made, lent := e.pipes.count()
+	return Stats{
+		Conns:     int(e.live.Load()),
+		Streams:   int(e.streams.Load()),
+		Pipes:     made,
+		PipesLent: lent,
+		Accepted:  e.accepts.Load(),
+		Refused:   e.refused.Load(),
+		Shortages: e.shortages.Load(),
+	}
+}
+
+// runClock advances the clock and ends the streams that are due.
+func (e *Engine) runClock() {
+	t := time.NewTicker(e.tick)
+	defer t.Stop()
+	var due []*Stream
+	for {
+		select {
+		case <-e.ctx.Done():
+			return
+		case <-t.C:
+		}
+		due = e.wheel.advance(due[:0])
+		now := e.clock.Add(1)
+		for _, s := range due {
+			s.checkLimits(now)
+		}
+		clear(due)
+		if now%10 == 0 {
+			e.pipes.trim()
+		}
+	}
+}
+
+// newConn makes a Conn of a socket that counts against MaxConns already.
+func (e *Engine) newConn(fd int, accepted bool) *Conn {
+	c := &Conn{e: e, fd: int32(fd), gen: e.gen.Add(1), accepted: accepted, writable: true}
+	e.conns.set(fd, c)
+	return c
+}
+
+// admit counts one more socket; false if MaxConns is reached.
+func (e *Engine) admit(accepted bool) bool {
+	if e.live.Add(1) > int64(e.maxConns) {
+		e.live.Add(-1)
+		return false
+	}
+	if accepted && e.accepted.Add(1) > int64((e.maxConns+1)/2) {
+		e.accepted.Add(-1)
+		e.live.Add(-1)
+		return false
+	}
+	return true
+}
+
+// release takes a socket off the count.
+func (e *Engine) release(accepted bool) {
+	e.live.Add(-1)
+	if accepted {
+		e.accepted.Add(-1)
+	}
+}
+
+// pickLoop spreads sockets over the loops.
+func (e *Engine) pickLoop() *loop {
+	return e.loops[int(e.next.Add(1))%len(e.loops)]
+}
+
+// ticks turns a time limit into ticks, rounded up; 0 stays 0, "no limit".
+func (e *Engine) ticks(d time.Duration) uint32 {
+	if d <= 0 {
+		return 0
+	}
+	return uint32(min((d+e.tick-1)/e.tick, 1<<30))
+}
+
+// connsFor derives MaxConns from RLIMIT_NOFILE.
+func connsFor(pipes int) (int, error) {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 0, os.NewSyscallError("getrlimit", err)
+	}
+	n := int(min(r.Cur, maxFD)) - 2*pipes - reserveFDs
+	if n < 2 {
+		return 0, fmt.Errorf("relay: RLIMIT_NOFILE is %d: %d pipes and a reserve of %d leave no descriptors for flows", r.Cur, pipes, reserveFDs)
+	}
+	return n, nil
+}
+
+func spareFD() (int, error) {
+	return unix.Eventfd(0, unix.EFD_CLOEXEC)
+}
+
+// errClosed is what methods of a closed engine or connection return.
+func errClosed(op string) error {
+	return &net.OpError{Op: op, Net: "tcp", Err: net.ErrClosed}
+}
+
+// isShortage tells whether an errno says that descriptors or memory ran out,
+// which passes, and is not the fault of the connection.
+func isShortage(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM)
+}

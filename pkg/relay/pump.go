@@ -1,0 +1,318 @@
+package relay
+
+import (
+	"golang.org/x/sys/unix"
+)
+
+const (
+	turnBudget = 2 << 20  // bytes that one direction moves before others get their turn
+	joinBudget = 64 << 10 // the same inside Join
+)
+
+// half is one direction of a stream.
+//
+//	open --EOF or error read--> eof --all delivered--> ended
+//	  \______________destination dead________________/
+type half struct {
+	pipe   *pipe // borrowed while bytes are under way; nil otherwise
+	inPipe int   // bytes in it
+	early  []byte
+	moved  uint64 // bytes delivered
+	eof    bool   // nothing more comes from the source
+	ended  bool   // and nothing more goes to the destination
+}
+
+// advance moves what can be moved in both directions. l is nil when the caller
+// is not the loop.
+func (s *Stream) advance(l *loop, budget int) {
+	more := s.pump(client, l, budget)
+	more = s.pump(server, l, budget) || more
+	if s.side[client].err != 0 && !s.half[client].ended {
+		// Found dead by writing to it, after its turn to be read.
+		more = s.pump(client, l, budget) || more
+	}
+	s.settle()
+	if !more || s.closed || s.queued {
+		return
+	}
+	if l == nil || l != s.l {
+		s.post()
+		return
+	}
+	s.queued = true
+	l.again = append(l.again, s)
+}
+
+// pump moves what comes from side i until one of the sockets would block, the
+// direction ends, or the budget is used up: then it returns true.
+func (s *Stream) pump(i int, l *loop, budget int) (more bool) {
+	h, src, dst := &s.half[i], &s.side[i], &s.side[1-i]
+	for !h.ended {
+		switch {
+		case h.inPipe > 0 || len(h.early) > 0:
+			if !dst.writable {
+				return false
+			}
+			s.deliver(i)
+		case h.eof:
+			s.end(i)
+		case !src.readable:
+			s.returnPipe(h)
+			return false
+		case budget <= 0:
+			return true
+		default:
+			if h.pipe == nil {
+				h.pipe = s.e.pipes.get()
+			}
+			if h.pipe != nil {
+				budget -= s.fill(i)
+				continue
+			}
+			if l == nil {
+				return true // copying needs the loop's buffer
+			}
+			if !dst.writable {
+				return false
+			}
+			budget -= s.copyChunk(i, l.buffer())
+		}
+	}
+	return false
+}
+
+// deliver writes to the destination what is under way.
+func (s *Stream) deliver(i int) {
+	h, dst := &s.half[i], &s.side[1-i]
+	s.noDelay(dst)
+	var n int
+	var e unix.Errno
+	if len(h.early) > 0 {
+		n, e = rawSend(int(dst.fd), h.early)
+	} else {
+		n, e = rawSplice(h.pipe.r, int(dst.fd), h.inPipe)
+	}
+	switch {
+	case e == 0 && n == 0:
+		s.fail(1-i, unix.EIO) // cannot be; never spin
+	case e == 0:
+		if len(h.early) > 0 {
+			if h.early = h.early[n:]; len(h.early) == 0 {
+				h.early = nil
+			}
+		} else {
+			h.inPipe -= n
+		}
+		s.delivered(i, n)
+	case e == unix.EAGAIN:
+		s.blocked(1 - i)
+	case e == unix.EINTR:
+	default:
+		s.fail(1-i, e)
+	}
+}
+
+// fill reads from the source into the pipe, which is empty, and returns how
+// much it read.
+func (s *Stream) fill(i int) int {
+	h, src := &s.half[i], &s.side[i]
+	n, e := rawSplice(int(src.fd), h.pipe.w, h.pipe.size)
+	switch {
+	case e == 0 && n > 0:
+		h.inPipe = n
+		src.wrote = false
+		// The kernel stops when the socket is empty or the pipe has no free
+		// buffer. Each buffer holds a byte at least, so fewer bytes than
+		// buffers mean that the socket is empty: no need to ask again.
+		if n < h.pipe.slots && !src.errSeen {
+			src.readable = false
+			h.eof = src.finSeen
+		}
+		return n
+	case e == 0:
+		h.eof = true
+	case e == unix.EAGAIN:
+		src.readable = false
+	case e == unix.EINTR:
+	default:
+		h.eof = true
+		s.fail(i, e)
+	}
+	return 0
+}
+
+// copyChunk carries bytes through user space, for want of a pipe, such that
+// none are ever outside of a socket: it removes from the source only what the
+// destination has taken.
+func (s *Stream) copyChunk(i int, buf []byte) int {
+	h, src, dst := &s.half[i], &s.side[i], &s.side[1-i]
+	n, e := rawRecv(int(src.fd), buf, unix.MSG_PEEK)
+	switch {
+	case e == 0 && n > 0:
+	case e == 0:
+		h.eof = true
+		return 0
+	case e == unix.EAGAIN:
+		src.readable = false
+		return 0
+	case e == unix.EINTR:
+		return 0
+	default:
+		h.eof = true
+		s.fail(i, e)
+		return 0
+	}
+	src.wrote = false
+	s.e.shortages.Add(1)
+	s.noDelay(dst)
+	n, e = rawSend(int(dst.fd), buf[:n])
+	switch e {
+	case 0:
+	case unix.EAGAIN:
+		s.blocked(1 - i)
+		return 0
+	case unix.EINTR:
+		return 0
+	default:
+		s.fail(1-i, e)
+		return 0
+	}
+	s.delivered(i, n)
+	for left := n; left > 0; {
+		k, e := rawRecv(int(src.fd), buf[:left], unix.MSG_TRUNC)
+		if e == unix.EINTR {
+			continue
+		}
+		if e != 0 || k == 0 {
+			// Cannot be: the bytes are there. Going on would send them twice.
+			h.eof = true
+			s.fail(i, unix.EIO)
+			break
+		}
+		left -= k
+	}
+	return n
+}
+
+// delivered counts n bytes as they reach the destination's socket.
+func (s *Stream) delivered(i, n int) {
+	s.half[i].moved += uint64(n)
+	s.side[1-i].wrote = true
+	s.last = s.e.clock.Load()
+}
+
+// noDelay sets TCP_NODELAY where it matters: we write again with nothing heard
+// from there since, so Nagle's algorithm could hold the bytes back. When to
+// send was decided by who sent them to us.
+func (s *Stream) noDelay(d *side) {
+	if d.wrote && !d.nodelay {
+		d.nodelay = true
+		rawSetInt(int(d.fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	}
+}
+
+// blocked notes that side i takes nothing more for now.
+func (s *Stream) blocked(i int) {
+	d := &s.side[i]
+	d.writable = false
+	if d.events == 0 || d.events&writeEvents != 0 {
+		return // Join registers it, or it is
+	}
+	d.events |= writeEvents
+	if e := d.conn.l.modify(d.fd, d.conn.gen, d.events); e != 0 {
+		s.fail(i, e)
+	}
+}
+
+// end finishes direction i, all of which has been delivered.
+func (s *Stream) end(i int) {
+	h := &s.half[i]
+	h.ended = true
+	s.returnPipe(h)
+	if s.side[i].err != 0 || s.side[1-i].err != 0 || s.half[1-i].ended {
+		return // settle closes both
+	}
+	rawShutdownWrite(int(s.side[1-i].fd))
+	s.last = s.e.clock.Load()
+	s.arm()
+}
+
+// fail marks side i as dead. Nothing can be delivered to it any more; what it
+// had sent before is still to be read.
+func (s *Stream) fail(i int, e unix.Errno) {
+	d, to := &s.side[i], &s.half[1-i]
+	if d.err == 0 {
+		d.err = e
+	}
+	if s.errno == 0 {
+		s.errno = e
+		s.cause = ClientReset
+		if i == server {
+			s.cause = ServerReset
+		}
+	}
+	d.readable = true
+	to.ended, to.early = true, nil
+	s.dropPipe(to)
+}
+
+// settle closes the stream if both directions have ended.
+func (s *Stream) settle() {
+	if s.closed || !s.half[client].ended || !s.half[server].ended {
+		return
+	}
+	for i := range s.side {
+		if s.side[i].err == 0 && s.side[1-i].err != 0 && rawUnacked(int(s.side[i].fd)) > 0 {
+			if !s.ebbing {
+				s.ebb(i)
+			}
+			return
+		}
+	}
+	s.finish(s.errno != 0)
+}
+
+// finish closes both sockets, with a RST to those that are alive if so asked.
+func (s *Stream) finish(reset bool) {
+	s.closed = true
+	s.e.wheel.remove(&s.timer)
+	for i := range s.side {
+		d := &s.side[i]
+		if d.fd < 0 {
+			continue
+		}
+		s.e.conns.set(int(d.fd), nil)
+		if reset && d.err == 0 {
+			rawReset(int(d.fd))
+		} else {
+			rawClose(int(d.fd))
+		}
+		s.e.release(d.conn.accepted)
+		d.fd = -1
+	}
+	for i := range s.half {
+		s.dropPipe(&s.half[i])
+		s.half[i].early = nil
+	}
+}
+
+// returnPipe gives an empty pipe back.
+func (s *Stream) returnPipe(h *half) {
+	if h.pipe != nil {
+		s.e.pipes.put(h.pipe)
+		h.pipe = nil
+	}
+}
+
+// dropPipe gives a pipe back whatever is in it.
+func (s *Stream) dropPipe(h *half) {
+	if h.pipe == nil {
+		return
+	}
+	if h.inPipe > 0 {
+		s.e.pipes.drop(h.pipe)
+	} else {
+		s.e.pipes.put(h.pipe)
+	}
+	h.pipe, h.inPipe = nil, 0
+}

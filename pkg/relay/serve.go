@@ -1,0 +1,165 @@
+package relay
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// acceptPause is how long Serve leaves clients in the listener's queue when
+// the system has no descriptor even for turning them away.
+const acceptPause = 10 * time.Millisecond
+
+// Serve accepts connections on ln and calls handle for each, on a goroutine of
+// its own. handle owns its Conn: it joins, closes or resets it.
+//
+// A client that there is no room for (MaxConns, or the process is out of
+// descriptors) is accepted and reset at once, and counted, so that it does not
+// hang in the queue.
+//
+// Serve returns nil when ctx ends, net.ErrClosed when the engine is closed,
+// and an error if the listener fails. It works on a duplicate of ln's
+// descriptor, so ln stays open and usable, and closing ln does not end Serve.
+// It sets TCP_NODELAY on the listening socket, which accepted ones inherit.
+func (e *Engine) Serve(ctx context.Context, ln *net.TCPListener, handle func(c *Conn)) error {
+	f, nodelay, err := duplicate(ln)
+	if err != nil {
+		return &net.OpError{Op: "accept", Net: "tcp", Addr: ln.Addr(), Err: err}
+	}
+	defer f.Close()
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	// A deadline in the past interrupts the wait for clients.
+	interrupt := func() { f.SetReadDeadline(time.Unix(1, 0)) }
+	defer context.AfterFunc(ctx, interrupt)()
+	defer context.AfterFunc(e.ctx, interrupt)()
+
+	a := &acceptor{e: e, handle: handle, nodelay: nodelay}
+	for {
+		a.err, a.pause = nil, false
+		err := rc.Read(a.batch)
+		switch {
+		case e.closed.Load():
+			return net.ErrClosed
+		case ctx.Err() != nil:
+			return nil
+		case err == nil:
+			err = a.err
+		}
+		if err != nil {
+			return &net.OpError{Op: "accept", Net: "tcp", Addr: ln.Addr(), Err: err}
+		}
+		if a.pause {
+			time.Sleep(acceptPause)
+		}
+	}
+}
+
+// duplicate returns a second descriptor of ln's socket, watched by Go's
+// network poller (a net.Listener offers no way to wait for clients without
+// accepting them one by one), and whether accepted sockets inherit
+// TCP_NODELAY.
+func duplicate(ln *net.TCPListener) (f *os.File, nodelay bool, err error) {
+	rc, err := ln.SyscallConn()
+	if err != nil {
+		return nil, false, err
+	}
+	fd := -1
+	cerr := rc.Control(func(orig uintptr) {
+		fd, err = unix.FcntlInt(orig, unix.F_DUPFD_CLOEXEC, 0)
+	})
+	if cerr != nil {
+		return nil, false, cerr
+	}
+	if err != nil {
+		return nil, false, os.NewSyscallError("fcntl", err)
+	}
+	nodelay = rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) == 0
+	return os.NewFile(uintptr(fd), "listener"), nodelay, nil
+}
+
+type acceptor struct {
+	e       *Engine
+	handle  func(*Conn)
+	nodelay bool
+	pause   bool  // batch stopped for want of descriptors
+	err     error // batch stopped: the listener is broken
+}
+
+// batch accepts what is in the queue. It returns false when the queue is
+// empty: the caller, Go's network poller, then waits for more.
+func (a *acceptor) batch(lfd uintptr) (done bool) {
+	for !a.e.closed.Load() {
+		fd, remote, errno := rawAccept(int(lfd))
+		switch errno {
+		case 0:
+			a.take(fd, remote)
+		case unix.EAGAIN:
+			return false
+		case unix.EINTR, unix.ECONNABORTED:
+		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
+			if !a.e.turnAway(int(lfd)) {
+				a.pause = true
+				return true
+			}
+		case unix.EBADF, unix.EINVAL, unix.ENOTSOCK, unix.EOPNOTSUPP, unix.EFAULT:
+			a.err = os.NewSyscallError("accept4", errno)
+			return true
+		default:
+			// accept(2): errors of the connection itself (a network that went
+			// down, a firewall's EPERM) come out here and mean: try the next.
+		}
+	}
+	return true
+}
+
+func (a *acceptor) take(fd int, remote netip.AddrPort) {
+	e := a.e
+	if fd >= maxFD || !e.admit(true) {
+		rawReset(fd)
+		e.refused.Add(1)
+		return
+	}
+	c := e.newConn(fd, true)
+	c.remote, c.nodelay = remote, a.nodelay
+	e.accepts.Add(1)
+	e.handlers.Add(1)
+	go a.run(c)
+}
+
+func (a *acceptor) run(c *Conn) {
+	defer a.e.handlers.Done()
+	a.handle(c)
+}
+
+// turnAway uses the spare descriptor to accept one client and reset it. False
+// means that not even that was possible.
+func (e *Engine) turnAway(lfd int) bool {
+	e.spareMu.Lock()
+	defer e.spareMu.Unlock()
+	if e.spare < 0 {
+		// Lost to another thread that was faster the last time.
+		fd, err := spareFD()
+		if err != nil {
+			return false
+		}
+		e.spare = fd
+	}
+	rawClose(e.spare)
+	e.spare = -1
+	fd, _, errno := rawAccept(lfd)
+	if errno == 0 {
+		rawReset(fd)
+		e.refused.Add(1)
+	}
+	if s, err := spareFD(); err == nil {
+		e.spare = s
+	}
+	return errno == 0 || errno == unix.EAGAIN
+}
