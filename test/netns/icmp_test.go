@@ -1,0 +1,77 @@
+package netns_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+)
+
+// ping sends one echo request from the host and waits for the reply or an
+// error that the kernel was told by ICMP.
+func (h *host) ping(a netip.Addr) error {
+	network, request, reply := "ip4:icmp", byte(8), byte(0)
+	if a.Is6() {
+		network, request, reply = "ip6:ipv6-icmp", 128, 129
+	}
+	return h.in(func() error {
+		c, err := net.Dial(network, a.String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		msg := []byte{request, 0, 0, 0, 0x74, 0x70, 0, 1, 'p', 'i', 'n', 'g'}
+		if a.Is4() { // IPv6's checksum is the kernel's business
+			binary.BigEndian.PutUint16(msg[2:], checksum(msg))
+		}
+		c.SetDeadline(time.Now().Add(3 * time.Second))
+		if _, err := c.Write(msg); err != nil {
+			return err
+		}
+		buf := make([]byte, 1500)
+		for {
+			n, err := c.Read(buf)
+			if err != nil {
+				return err
+			}
+			got := buf[:n]
+			if a.Is4() && n >= 20 { // a raw IPv4 socket gives the IP header, too
+				got = got[min(n, int(got[0]&15)*4):]
+			}
+			if len(got) > 0 && got[0] == reply {
+				return nil
+			}
+		}
+	})
+}
+
+// checksum is the Internet's, RFC 1071.
+func checksum(b []byte) uint16 {
+	var sum uint32
+	for i := 0; i+1 < len(b); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(b[i:]))
+	}
+	for sum>>16 != 0 {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
+
+// atOnce fails the test unless err is a refusal that came in less than a
+// second and a half, the time in which the kernel reports a prohibition to an
+// IPv6 socket that has tried only twice.
+func atOnce(t testing.TB, what string, began time.Time, err error) {
+	t.Helper()
+	took := time.Since(began)
+	switch {
+	case err == nil:
+		t.Errorf("%s: got through", what)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		t.Errorf("%s: no answer at all", what)
+	case took > 1500*time.Millisecond:
+		t.Errorf("%s: refused only after %v: %v", what, took, err)
+	}
+}
