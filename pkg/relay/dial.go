@@ -65,8 +65,9 @@ func (e *Engine) startDial(o DialOptions, to netip.AddrPort) (*Conn, error) {
 		family = unix.AF_INET6
 	}
 	fd, errno := rawSocket(family)
-	if errno == 0 && fd >= maxFD {
+	if errno == 0 && (fd >= maxFD || e.spare.missing.Load()) {
 		rawClose(fd)
+		e.spare.restore()
 		errno = unix.EMFILE
 	}
 	if errno != 0 {

@@ -2,7 +2,6 @@ package relay
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -33,6 +32,9 @@ type Options struct {
 // reserveFDs is left for the rest of the process when MaxConns is derived.
 const reserveFDs = 128
 
+// trimTicks is the time, in ticks, that a pipe must be of no use to be closed.
+const trimTicks = 10
+
 // Stats is a snapshot of what an [Engine] holds and has done.
 type Stats struct {
 	Conns     int    // sockets that exist, joined or not
@@ -56,19 +58,17 @@ type Engine struct {
 	waiters sync.Pool
 
 	maxConns int
-	tick     time.Duration
-	clock    atomic.Uint32 // ticks since the start
-	wheel    wheel[Stream]
+	clock    clock[Stream]
 
 	live      atomic.Int64 // sockets
+	spilled   atomic.Int64 // bytes; see spillMax
 	accepted  atomic.Int64 // of them, those from Serve
 	streams   atomic.Int64
 	accepts   atomic.Uint64
 	refused   atomic.Uint64
 	shortages atomic.Uint64
 
-	spareMu sync.Mutex
-	spare   int // descriptor kept for accepting when there is none left
+	spare spareFD
 
 	closed   atomic.Bool
 	ctx      context.Context // of the engine itself: ends with Close; ends the clock and Serve
@@ -106,12 +106,13 @@ func New(o Options) (*Engine, error) {
 		log:      o.Log,
 		pipes:    pipePool{max: o.MaxPipes, size: o.PipeSize},
 		maxConns: o.MaxConns,
-		tick:     o.tick,
+		clock:    clock[Stream]{tick: o.tick},
 	}
+	e.pipes.spare = &e.spare
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.waiters.New = func() any { return &waiter{ch: make(chan struct{}, 1)} }
 	var err error
-	if e.spare, err = spareFD(); err != nil {
+	if err = e.spare.open(); err != nil {
 		return nil, fmt.Errorf("relay: spare descriptor: %w", err)
 	}
 	for i := 0; i < o.Loops; i++ {
@@ -120,7 +121,7 @@ func New(o Options) (*Engine, error) {
 			for _, l := range e.loops {
 				l.release()
 			}
-			rawClose(e.spare)
+			e.spare.close()
 			return nil, fmt.Errorf("relay: event loop: %w", err)
 		}
 		e.loops = append(e.loops, l)
@@ -157,10 +158,7 @@ func (e *Engine) Close() error {
 			}
 			e.routines.Wait()
 			e.pipes.close()
-			e.spareMu.Lock()
-			rawClose(e.spare)
-			e.spare = -1
-			e.spareMu.Unlock()
+			e.spare.close()
 			return nil
 		case <-time.After(wait):
 		}
@@ -186,27 +184,13 @@ func (e *Engine) Stats() Stats {
 	}
 }
 
-// runClock advances the clock and ends the streams that are due.
 func (e *Engine) runClock() {
-	t := time.NewTicker(e.tick)
-	defer t.Stop()
-	var due []*Stream
-	for {
-		select {
-		case <-e.ctx.Done():
-			return
-		case <-t.C:
-		}
-		due = e.wheel.advance(due[:0])
-		now := e.clock.Add(1)
-		for _, s := range due {
-			s.checkLimits(now)
-		}
-		clear(due)
-		if now%10 == 0 {
+	e.clock.run(e.ctx, (*Stream).due, func(now uint32) {
+		e.spillStalled(now)
+		if now%trimTicks == 0 {
 			e.pipes.trim()
 		}
-	}
+	})
 }
 
 // newConn makes a Conn of a socket that counts against MaxConns already.
@@ -243,14 +227,6 @@ func (e *Engine) pickLoop() *loop {
 	return e.loops[int(e.next.Add(1))%len(e.loops)]
 }
 
-// ticks turns a time limit into ticks, rounded up; 0 stays 0, "no limit".
-func (e *Engine) ticks(d time.Duration) uint32 {
-	if d <= 0 {
-		return 0
-	}
-	return uint32(min((d+e.tick-1)/e.tick, 1<<30))
-}
-
 // connsFor derives MaxConns from RLIMIT_NOFILE.
 func connsFor(pipes int) (int, error) {
 	var r unix.Rlimit
@@ -264,17 +240,7 @@ func connsFor(pipes int) (int, error) {
 	return n, nil
 }
 
-func spareFD() (int, error) {
-	return unix.Eventfd(0, unix.EFD_CLOEXEC)
-}
-
 // errClosed is what methods of a closed engine or connection return.
 func errClosed(op string) error {
 	return &net.OpError{Op: op, Net: "tcp", Err: net.ErrClosed}
-}
-
-// isShortage tells whether an errno says that descriptors or memory ran out,
-// which passes, and is not the fault of the connection.
-func isShortage(err error) bool {
-	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM)
 }

@@ -33,6 +33,7 @@ type loop struct {
 
 	mu     sync.Mutex
 	posted []*Stream // handed in from outside: to be served
+	gone   bool      // the loop has ended
 	taken  []*Stream // spare array for posted; only touched by the loop
 }
 
@@ -70,7 +71,7 @@ func (l *loop) release() {
 
 // run serves the loop until stop.
 func (l *loop) run() {
-	defer l.release()
+	defer l.leave()
 	rc, err := l.file.SyscallConn()
 	if err == nil {
 		// One Read for the whole life: the poller calls turns each time that
@@ -80,6 +81,16 @@ func (l *loop) run() {
 	if err != nil && !l.stopped.Load() {
 		l.e.log.Error("event loop ended", "err", err)
 	}
+}
+
+// leave ends the loop. What is posted from now on is served by its poster's
+// helper, so that a Join after Close is still answered.
+func (l *loop) leave() {
+	l.mu.Lock()
+	l.gone = true
+	l.mu.Unlock()
+	l.serve()
+	l.release()
 }
 
 // turns serves what there is, and returns when the loop has to sleep.
@@ -170,6 +181,11 @@ func (l *loop) hasPosted() bool {
 // post has the loop serve s. Any goroutine may call it.
 func (l *loop) post(s *Stream) {
 	l.mu.Lock()
+	if l.gone {
+		l.mu.Unlock()
+		go s.serve(nil)
+		return
+	}
 	l.posted = append(l.posted, s)
 	l.mu.Unlock()
 	l.wake()

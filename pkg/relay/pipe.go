@@ -1,7 +1,9 @@
 package relay
 
 import (
+	"slices"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,6 +18,8 @@ type pipe struct {
 	r, w  int
 	size  int // capacity, bytes
 	slots int // capacity, buffers: each holds at least one byte
+
+	holder atomic.Pointer[Stream] // who has borrowed it; nil: it is in the pool
 }
 
 func (p *pipe) close() {
@@ -30,71 +34,91 @@ type pipePool struct {
 	max  int // pipes that may exist
 	size int // capacity asked for, bytes
 
+	spare *spareFD // while it is missing no pipe is made
+
 	mu      sync.Mutex
 	full    []*pipe // of the size asked for; last in, first out
 	small   []*pipe // smaller: the kernel would not give more
-	made    int     // that exist, lent or not
+	all     []*pipe // that exist, lent or not
+	making  int     // that are about to
 	low     int     // least number at rest since the last trim
 	refused bool    // the kernel would not give another; asked again after a trim
 	closed  bool
 }
 
-// get lends an empty pipe, or nil if there is none to be had now.
-func (p *pipePool) get() *pipe {
+// get lends an empty pipe to s, or returns nil if there is none to be had now.
+func (p *pipePool) get(s *Stream) *pipe {
+	q := p.take()
+	if q != nil {
+		q.holder.Store(s)
+	}
+	return q
+}
+
+func (p *pipePool) take() *pipe {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	if n := len(p.full); n > 0 {
 		q := p.full[n-1]
 		p.full = p.full[:n-1]
 		p.rested()
-		p.mu.Unlock()
 		return q
 	}
-	if p.made >= p.max || p.refused || p.closed {
-		var q *pipe
-		if n := len(p.small); n > 0 {
-			q = p.small[n-1]
-			p.small = p.small[:n-1]
+	if len(p.all)+p.making < p.max && !p.refused && !p.closed {
+		p.making++
+		p.mu.Unlock()
+		q := newPipe(p.size)
+		if q != nil && p.spare.missing.Load() {
+			q.close()
+			p.spare.restore()
+			q = nil
 		}
-		p.rested()
-		p.mu.Unlock()
-		return q
-	}
-	p.made++
-	p.mu.Unlock()
-
-	q := newPipe(p.size)
-	if q == nil {
 		p.mu.Lock()
-		p.made--
+		p.making--
+		if q != nil {
+			p.all = append(p.all, q)
+			return q
+		}
 		p.refused = true
-		p.mu.Unlock()
 	}
+	n := len(p.small)
+	if n == 0 {
+		return nil
+	}
+	q := p.small[n-1]
+	p.small = p.small[:n-1]
+	p.rested()
 	return q
 }
 
 // put takes back a pipe that is empty.
 func (p *pipePool) put(q *pipe) {
+	q.holder.Store(nil)
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	switch {
 	case p.closed:
-		p.made--
-		p.mu.Unlock()
-		q.close()
-		return
+		p.forget(q)
 	case q.size >= p.size:
 		p.full = append(p.full, q)
 	default:
 		p.small = append(p.small, q)
 	}
-	p.mu.Unlock()
 }
 
 // drop takes back a pipe that still holds bytes; they are gone with it.
 func (p *pipePool) drop(q *pipe) {
-	q.close()
+	q.holder.Store(nil)
 	p.mu.Lock()
-	p.made--
-	p.mu.Unlock()
+	defer p.mu.Unlock()
+	p.forget(q)
+}
+
+// forget closes a pipe.
+func (p *pipePool) forget(q *pipe) {
+	i := slices.Index(p.all, q)
+	p.all = slices.Delete(p.all, i, i+1)
+	q.close()
 }
 
 func (p *pipePool) rested() {
@@ -106,46 +130,65 @@ func (p *pipePool) rested() {
 func (p *pipePool) trim() {
 	const keep = 2
 	p.mu.Lock()
-	n := 0
-	if p.low > keep {
-		n = (p.low - keep + 1) / 2
-	}
-	var out []*pipe
-	for ; n > 0; n-- {
-		from := &p.small
-		if len(p.small) == 0 {
-			from = &p.full
-		}
-		// The bottom of the stack is the coldest.
-		out = append(out, (*from)[0])
-		*from = append((*from)[:0], (*from)[1:]...)
-		p.made--
+	defer p.mu.Unlock()
+	for n := (p.low - keep + 1) / 2; n > 0; n-- {
+		p.forgetColdest()
 	}
 	p.low = len(p.full) + len(p.small)
 	p.refused = false
-	p.mu.Unlock()
-	for _, q := range out {
-		q.close()
+}
+
+// shed closes one pipe that nobody uses now, for its descriptors.
+func (p *pipePool) shed() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.full)+len(p.small) > 0 {
+		p.forgetColdest()
+		p.rested()
 	}
+}
+
+// forgetColdest closes a pipe at rest: that at the bottom of the stack.
+func (p *pipePool) forgetColdest() {
+	from := &p.small
+	if len(p.small) == 0 {
+		from = &p.full
+	}
+	p.forget((*from)[0])
+	*from = slices.Delete(*from, 0, 1)
 }
 
 // close closes the pipes at rest; those lent are closed as they come back.
 func (p *pipePool) close() {
 	p.mu.Lock()
-	out := append(p.full, p.small...)
-	p.full, p.small, p.closed = nil, nil, true
-	p.made -= len(out)
-	p.mu.Unlock()
-	for _, q := range out {
-		q.close()
+	defer p.mu.Unlock()
+	for _, q := range slices.Concat(p.full, p.small) {
+		p.forget(q)
 	}
+	p.full, p.small, p.closed = nil, nil, true
 }
 
 // count returns how many pipes exist and how many of them are lent.
 func (p *pipePool) count() (made, lent int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.made, p.made - len(p.full) - len(p.small)
+	return len(p.all), len(p.all) - len(p.full) - len(p.small)
+}
+
+// holders returns who holds a pipe if there is a shortage, nil otherwise.
+func (p *pipePool) holders() []*Stream {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.full)+len(p.small) > 0 || len(p.all) < p.max && !p.refused {
+		return nil
+	}
+	var out []*Stream
+	for _, q := range p.all {
+		if s := q.holder.Load(); s != nil {
+			out = append(out, s)
+		}
+	}
+	return out
 }
 
 // newPipe makes a pipe of size bytes, or of what the kernel grants if that is

@@ -14,12 +14,13 @@ const (
 //	open --EOF or error read--> eof --all delivered--> ended
 //	  \______________destination dead________________/
 type half struct {
-	pipe   *pipe // borrowed while bytes are under way; nil otherwise
-	inPipe int   // bytes in it
-	early  []byte
-	moved  uint64 // bytes delivered
-	eof    bool   // nothing more comes from the source
-	ended  bool   // and nothing more goes to the destination
+	pipe    *pipe  // borrowed while bytes are under way; nil otherwise
+	inPipe  int    // bytes in it
+	early   []byte // to be delivered before what is in the pipe
+	spilled int    // bytes of early that count against spillMax
+	moved   uint64 // bytes delivered
+	eof     bool   // nothing more comes from the source
+	ended   bool   // and nothing more goes to the destination
 }
 
 // advance moves what can be moved in both directions. l is nil when the caller
@@ -63,7 +64,7 @@ func (s *Stream) pump(i int, l *loop, budget int) (more bool) {
 			return true
 		default:
 			if h.pipe == nil {
-				h.pipe = s.e.pipes.get()
+				h.pipe = s.e.pipes.get(s)
 			}
 			if h.pipe != nil {
 				budget -= s.fill(i)
@@ -98,7 +99,7 @@ func (s *Stream) deliver(i int) {
 	case e == 0:
 		if len(h.early) > 0 {
 			if h.early = h.early[n:]; len(h.early) == 0 {
-				h.early = nil
+				s.unspill(h)
 			}
 		} else {
 			h.inPipe -= n
@@ -198,7 +199,7 @@ func (s *Stream) copyChunk(i int, buf []byte) int {
 func (s *Stream) delivered(i, n int) {
 	s.half[i].moved += uint64(n)
 	s.side[1-i].wrote = true
-	s.last = s.e.clock.Load()
+	s.limits.last = s.e.clock.now()
 }
 
 // noDelay sets TCP_NODELAY where it matters: we write again with nothing heard
@@ -233,7 +234,7 @@ func (s *Stream) end(i int) {
 		return // settle closes both
 	}
 	rawShutdownWrite(int(s.side[1-i].fd))
-	s.last = s.e.clock.Load()
+	s.limits.last = s.e.clock.now()
 	s.arm()
 }
 
@@ -252,8 +253,8 @@ func (s *Stream) fail(i int, e unix.Errno) {
 		}
 	}
 	d.readable = true
-	to.ended, to.early = true, nil
-	s.dropPipe(to)
+	to.ended = true
+	s.drop(to)
 }
 
 // settle closes the stream if both directions have ended.
@@ -272,17 +273,17 @@ func (s *Stream) settle() {
 	s.finish(s.errno != 0)
 }
 
-// finish closes both sockets, with a RST to those that are alive if so asked.
+// finish closes both sockets, with a RST if so asked.
 func (s *Stream) finish(reset bool) {
 	s.closed = true
-	s.e.wheel.remove(&s.timer)
+	s.e.clock.wheel.remove(&s.timer)
 	for i := range s.side {
 		d := &s.side[i]
 		if d.fd < 0 {
 			continue
 		}
 		s.e.conns.set(int(d.fd), nil)
-		if reset && d.err == 0 {
+		if reset {
 			rawReset(int(d.fd))
 		} else {
 			rawClose(int(d.fd))
@@ -291,8 +292,7 @@ func (s *Stream) finish(reset bool) {
 		d.fd = -1
 	}
 	for i := range s.half {
-		s.dropPipe(&s.half[i])
-		s.half[i].early = nil
+		s.drop(&s.half[i])
 	}
 }
 
@@ -304,8 +304,9 @@ func (s *Stream) returnPipe(h *half) {
 	}
 }
 
-// dropPipe gives a pipe back whatever is in it.
-func (s *Stream) dropPipe(h *half) {
+// drop lets go of what is under way in a direction.
+func (s *Stream) drop(h *half) {
+	s.unspill(h)
 	if h.pipe == nil {
 		return
 	}

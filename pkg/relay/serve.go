@@ -121,8 +121,9 @@ func (a *acceptor) batch(lfd uintptr) (done bool) {
 
 func (a *acceptor) take(fd int, remote netip.AddrPort) {
 	e := a.e
-	if fd >= maxFD || !e.admit(true) {
+	if e.spare.missing.Load() && !e.spare.restore() || fd >= maxFD || !e.admit(true) {
 		rawReset(fd)
+		e.spare.restore()
 		e.refused.Add(1)
 		return
 	}
@@ -138,28 +139,19 @@ func (a *acceptor) run(c *Conn) {
 	a.handle(c)
 }
 
-// turnAway uses the spare descriptor to accept one client and reset it. False
+// turnAway accepts one client, with the spare descriptor, and resets it. False
 // means that not even that was possible.
 func (e *Engine) turnAway(lfd int) bool {
-	e.spareMu.Lock()
-	defer e.spareMu.Unlock()
-	if e.spare < 0 {
-		// Lost to another thread that was faster the last time.
-		fd, err := spareFD()
-		if err != nil {
-			return false
+	ok := e.spare.lend(func() bool {
+		fd, _, errno := rawAccept(lfd)
+		if errno == 0 {
+			rawReset(fd)
+			e.refused.Add(1)
 		}
-		e.spare = fd
+		return errno == 0 || errno == unix.EAGAIN
+	})
+	if !ok {
+		e.pipes.shed() // two descriptors for the next try
 	}
-	rawClose(e.spare)
-	e.spare = -1
-	fd, _, errno := rawAccept(lfd)
-	if errno == 0 {
-		rawReset(fd)
-		e.refused.Add(1)
-	}
-	if s, err := spareFD(); err == nil {
-		e.spare = s
-	}
-	return errno == 0 || errno == unix.EAGAIN
+	return ok
 }

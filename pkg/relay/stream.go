@@ -124,10 +124,9 @@ type Stream struct {
 	cause    Cause   // of the end
 	errno    unix.Errno
 
-	limit, halfLimit uint32 // of inactivity, ticks; 0: none
-	last             uint32 // tick of the last activity
-	timer            entry[Stream]
-	done             func(Result)
+	limits limits
+	timer  entry[Stream]
+	done   func(Result)
 }
 
 // Join takes two connections over and relays between them until both
@@ -136,11 +135,9 @@ type Stream struct {
 // other is reset.
 func (e *Engine) Join(clientConn, serverConn *Conn, o JoinOptions) *Stream {
 	s := &Stream{
-		e:         e,
-		limit:     e.ticks(o.Idle),
-		halfLimit: e.ticks(o.HalfClosed),
-		last:      e.clock.Load(),
-		done:      o.Done,
+		e:      e,
+		limits: limits{idle: e.clock.count(o.Idle), half: e.clock.count(o.HalfClosed), last: e.clock.now()},
+		done:   o.Done,
 	}
 	s.half[client].early = o.EarlyUp
 	s.half[server].early = o.Early
