@@ -1,0 +1,339 @@
+package redirect
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"syscall"
+	"unsafe"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"golang.org/x/sys/unix"
+)
+
+// batch is how many datagrams one system call moves at most.
+const batch = 64
+
+// controlSize has room for an original destination and a packet info.
+const controlSize = 128
+
+// packetConn receives what tproxy diverts to a UDP socket on loopback, and
+// sends from any address by a raw socket. Neither way allocates.
+type packetConn struct {
+	v6    bool
+	marks Marks
+
+	udp    *net.UDPConn
+	recv   syscall.RawConn
+	reader reader
+
+	raw    *os.File
+	send   syscall.RawConn
+	writer writer
+}
+
+var _ flow.PacketConn = (*packetConn)(nil)
+
+// reader is the state of one ReadBatch. The function handed to the poller is
+// made once, since a new one would be an allocation for each batch.
+type reader struct {
+	try     func(fd uintptr) bool
+	want    int
+	got     int
+	errno   unix.Errno
+	msgs    [batch]mmsghdr
+	iovecs  [batch]unix.Iovec
+	names   [batch]unix.RawSockaddrInet6 // of either family: the larger
+	control [batch][controlSize]byte
+	zones   map[uint32]string
+}
+
+// writer is the state of one WriteBatch.
+type writer struct {
+	try     func(fd uintptr) bool
+	from    int
+	to      int
+	sent    int
+	errno   unix.Errno
+	msgs    [batch]mmsghdr
+	iovecs  [batch][2]unix.Iovec
+	names   [batch]unix.RawSockaddrInet6
+	headers [batch][maxHeader]byte
+}
+
+func newPacketConn(udp *net.UDPConn, v6 bool, m Marks) (*packetConn, error) {
+	c := &packetConn{v6: v6, marks: m, udp: udp}
+	var err error
+	if c.recv, err = udp.SyscallConn(); err != nil {
+		return nil, err
+	}
+	domain := unix.AF_INET
+	if v6 {
+		domain = unix.AF_INET6
+	}
+	// Of protocol IPPROTO_RAW a socket receives nothing, and sends whole packets.
+	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_RAW)
+	if err != nil {
+		return nil, fmt.Errorf("raw socket: %w", err)
+	}
+	c.raw = os.NewFile(uintptr(fd), "raw")
+	if err = m.MarkOwn(fd); err == nil {
+		c.send, err = c.raw.SyscallConn()
+	}
+	if err != nil {
+		c.raw.Close()
+		return nil, err
+	}
+	c.reader.init()
+	c.writer.init()
+	return c, nil
+}
+
+func (c *packetConn) Close() error { return errors.Join(c.udp.Close(), c.raw.Close()) }
+
+func (r *reader) init() {
+	r.zones = map[uint32]string{}
+	for i := range r.msgs {
+		h := &r.msgs[i].hdr
+		h.Name = (*byte)(unsafe.Pointer(&r.names[i]))
+		h.Iov = &r.iovecs[i]
+		h.Control = &r.control[i][0]
+		h.SetIovlen(1)
+	}
+	r.try = func(fd uintptr) bool {
+		for i := range r.want {
+			h := &r.msgs[i].hdr
+			h.Namelen = unix.SizeofSockaddrInet6
+			h.SetControllen(controlSize)
+			h.Flags = 0
+		}
+		for {
+			r.got, r.errno = recvmmsg(int(fd), r.msgs[:r.want])
+			if r.errno != unix.EINTR {
+				return r.errno != unix.EAGAIN
+			}
+		}
+	}
+}
+
+// ReadBatch implements flow.PacketConn. Src is the client, Dst the address
+// that it asked, both with their zone if they are link-local.
+func (c *packetConn) ReadBatch(ds []flow.Datagram) (int, error) {
+	r := &c.reader
+	r.want = min(len(ds), batch)
+	if r.want == 0 {
+		return 0, nil
+	}
+	for {
+		for i := range r.want {
+			b := ds[i].Data[:cap(ds[i].Data)]
+			r.iovecs[i].Base = unsafe.SliceData(b)
+			r.iovecs[i].SetLen(len(b))
+		}
+		if err := c.recv.Read(r.try); err != nil {
+			return 0, err
+		}
+		if r.errno != 0 {
+			return 0, fmt.Errorf("redirect: recvmmsg: %w", r.errno)
+		}
+		n := 0
+		for i := range r.got {
+			if !r.parse(i, &ds[i]) {
+				continue // it came without its destination: whoever sent it sent it here
+			}
+			if n != i {
+				ds[n], ds[i] = ds[i], ds[n]
+			}
+			n++
+		}
+		if n > 0 {
+			return n, nil
+		}
+	}
+}
+
+// parse makes the ith message a datagram; false if the kernel has not said
+// where it was sent, or if it was cut off.
+func (r *reader) parse(i int, d *flow.Datagram) bool {
+	m := &r.msgs[i]
+	d.Data = d.Data[:min(int(m.n), cap(d.Data))]
+	d.Src, d.IfIndex = r.addr((*[unix.SizeofSockaddrInet6]byte)(unsafe.Pointer(&r.names[i]))[:m.hdr.Namelen]), 0
+	d.Dst = netip.AddrPort{}
+	for rest := r.control[i][:min(controlSize, int(m.hdr.Controllen))]; ; {
+		h, data, next := nextCmsg(rest)
+		if h == nil {
+			break
+		}
+		switch {
+		case h.Level == unix.SOL_IP && h.Type == unix.IP_ORIGDSTADDR, h.Level == unix.SOL_IPV6 && h.Type == unix.IPV6_ORIGDSTADDR:
+			d.Dst = r.addr(data)
+		case h.Level == unix.SOL_IP && h.Type == unix.IP_PKTINFO && len(data) >= unix.SizeofInet4Pktinfo:
+			d.IfIndex = int(binary.NativeEndian.Uint32(data))
+		case h.Level == unix.SOL_IPV6 && h.Type == unix.IPV6_PKTINFO && len(data) >= unix.SizeofInet6Pktinfo:
+			d.IfIndex = int(binary.NativeEndian.Uint32(data[16:]))
+		}
+		rest = next
+	}
+	return d.Dst.IsValid() && d.Src.IsValid() && m.hdr.Flags&unix.MSG_TRUNC == 0
+}
+
+// addr reads a sockaddr_in or sockaddr_in6.
+func (r *reader) addr(b []byte) netip.AddrPort {
+	if len(b) < unix.SizeofSockaddrInet4 {
+		return netip.AddrPort{}
+	}
+	port := binary.BigEndian.Uint16(b[2:])
+	switch binary.NativeEndian.Uint16(b) {
+	case unix.AF_INET:
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), port)
+	case unix.AF_INET6:
+		if len(b) < unix.SizeofSockaddrInet6 {
+			return netip.AddrPort{}
+		}
+		a := netip.AddrFrom16([16]byte(b[8:24]))
+		if scope := binary.NativeEndian.Uint32(b[24:]); scope != 0 {
+			a = a.WithZone(r.zone(scope))
+		}
+		return netip.AddrPortFrom(a, port)
+	}
+	return netip.AddrPort{}
+}
+
+// zone names an interface by its number, as RFC 4007 allows and as it stays
+// right when the interface is renamed.
+func (r *reader) zone(index uint32) string {
+	z, ok := r.zones[index]
+	if !ok {
+		z = strconv.FormatUint(uint64(index), 10)
+		r.zones[index] = z
+	}
+	return z
+}
+
+func (w *writer) init() {
+	for i := range w.msgs {
+		h := &w.msgs[i].hdr
+		h.Name = (*byte)(unsafe.Pointer(&w.names[i]))
+		h.Iov = &w.iovecs[i][0]
+		h.SetIovlen(2)
+		w.iovecs[i][0].Base = &w.headers[i][0]
+	}
+	w.try = func(fd uintptr) bool {
+		for {
+			w.sent, w.errno = sendmmsg(int(fd), w.msgs[w.from:w.to])
+			if w.errno != unix.EINTR {
+				return w.errno != unix.EAGAIN
+			}
+		}
+	}
+}
+
+// WriteBatch implements flow.PacketConn. A datagram that is longer than its way
+// allows is left to the kernel to fragment.
+func (c *packetConn) WriteBatch(ds []flow.Datagram) (int, error) {
+	sent := 0
+	for len(ds) > 0 {
+		n, err := c.write(ds[:min(len(ds), batch)])
+		sent += n
+		if err != nil {
+			return sent, err
+		}
+		ds = ds[min(len(ds), batch):]
+	}
+	return sent, nil
+}
+
+func (c *packetConn) write(ds []flow.Datagram) (int, error) {
+	w := &c.writer
+	var origin [batch]uint8 // of the ith message among ds
+	w.from, w.to = 0, 0
+	for i := range ds {
+		if w.prepare(w.to, &ds[i], c.v6) {
+			origin[w.to] = uint8(i)
+			w.to++
+		}
+	}
+	sent := 0
+	for w.from < w.to {
+		if err := c.send.Write(w.try); err != nil {
+			return sent, err
+		}
+		switch {
+		case w.errno == 0:
+			sent += w.sent
+			w.from += w.sent
+			continue
+		case w.errno == unix.EMSGSIZE:
+			if c.sendLong(&ds[origin[w.from]]) == nil {
+				sent++
+			}
+		}
+		w.from++ // this one cannot be sent; the next may
+	}
+	return sent, nil
+}
+
+// prepare makes the ith message; false if it is not one of this family.
+func (w *writer) prepare(i int, d *flow.Datagram, v6 bool) bool {
+	src, dst := d.Src.Addr().Unmap(), d.Dst.Addr().Unmap()
+	if !src.IsValid() || !dst.IsValid() || src.Is6() != v6 || dst.Is6() != v6 || len(d.Data) > maxPayload {
+		return false
+	}
+	n := putHeader(&w.headers[i], src, dst, d.Src.Port(), d.Dst.Port(), d.Data)
+	w.iovecs[i][0].SetLen(n)
+	w.iovecs[i][1].Base = unsafe.SliceData(d.Data)
+	w.iovecs[i][1].SetLen(len(d.Data))
+	h := &w.msgs[i].hdr
+	if v6 {
+		h.Namelen = unix.SizeofSockaddrInet6
+		w.names[i] = unix.RawSockaddrInet6{Family: unix.AF_INET6, Addr: dst.As16(), Scope_id: scope(dst)}
+	} else {
+		h.Namelen = unix.SizeofSockaddrInet4
+		*(*unix.RawSockaddrInet4)(unsafe.Pointer(&w.names[i])) = unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: dst.As4()}
+	}
+	return true
+}
+
+// scope is the number of an address's zone.
+func scope(a netip.Addr) uint32 {
+	z := a.Zone()
+	if z == "" {
+		return 0
+	}
+	n, err := strconv.ParseUint(z, 10, 32)
+	if err != nil {
+		if i, err := net.InterfaceByName(z); err == nil {
+			return uint32(i.Index)
+		}
+	}
+	return uint32(n)
+}
+
+// sendLong sends one datagram by a socket that exists only for it and is bound
+// to the address that it leaves from.
+func (c *packetConn) sendLong(d *flow.Datagram) error {
+	network := "udp4"
+	if c.v6 {
+		network = "udp6"
+	}
+	lc := net.ListenConfig{Control: func(network, _ string, rc syscall.RawConn) error {
+		return control(rc, network, c.marks, func(fd int, v6 bool, m Marks) error {
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+				return err
+			}
+			return transparent(fd, v6, m)
+		})
+	}}
+	s, err := lc.ListenPacket(context.Background(), network, d.Src.String())
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	_, err = s.(*net.UDPConn).WriteToUDPAddrPort(d.Data, d.Dst)
+	return err
+}

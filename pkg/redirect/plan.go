@@ -1,0 +1,157 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+)
+
+// Networks says which transport protocols a Block is about. The zero value is
+// Any.
+type Networks uint8
+
+// What a Block can be about.
+const (
+	Any Networks = iota // every protocol; with ports: TCP and UDP
+	TCP
+	UDP
+)
+
+// String returns "any", "tcp" or "udp".
+func (n Networks) String() string {
+	switch n {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	}
+	return "any"
+}
+
+// Range is a range of addresses of one family, both ends included.
+type Range struct{ From, To netip.Addr }
+
+// PortRange is a range of ports, both ends included.
+type PortRange struct{ From, To uint16 }
+
+// Block is a run of rules with the same conditions. A packet that meets all of
+// them and whose destination is in one of the three lists is decided by it; the
+// lists must not share an address. A packet that no block decides is denied.
+type Block struct {
+	Networks Networks
+	Ports    []PortRange    // destination ports; empty: any, and with Any every protocol
+	Src      []netip.Prefix // sources; empty: any
+	Ifs      []string       // interfaces that the packet entered by; empty: any, and this host's own too
+
+	Direct []Range // may pass
+	Deny   []Range // are rejected: TCP by a reset, all else as prohibited
+	Proxy  []Range // are diverted to us if TCP, else refused
+}
+
+// Ports are those of the transparent listeners, on 127.0.0.1 and on [::1]
+// alike. To a zero port nothing is diverted: it is refused at once, and so the
+// zero value makes the closed table.
+type Ports struct {
+	TCP    uint16 // flows
+	DNSTCP uint16 // DNS over TCP
+	DNSUDP uint16 // DNS over UDP
+}
+
+// Plan is what the kernel should do. It must not be changed once it was handed
+// to Apply, which keeps it for Heal.
+type Plan struct {
+	Interfaces []string         // flows that enter here; empty: no forwarded traffic
+	Local      bool             // this host's own flows too
+	DNS        bool             // port 53, whichever address it is sent to, goes to the DNS listeners
+	Ports      Ports            // where it goes
+	Marks      Marks            // our bits
+	Table      int              // routing table, to be used by nobody else
+	Blocks     []Block          // in order: the first that decides
+	Synthetic  []netip.Prefix   // stand for names: TCP is always diverted, all else refused
+	Servers    []netip.AddrPort // first hops: their TCP port may always be reached
+
+	// Readmit, if not nil, is what the dynamic sets hold once the plan is in
+	// force, in the same transaction. If it is nil they keep what they hold.
+	Readmit []Admission
+}
+
+// Closed returns the plan of the same host with nobody to divert to: what may
+// pass does, what would be diverted is refused.
+func (p Plan) Closed() Plan {
+	p.Ports = Ports{}
+	p.Readmit = nil
+	return p
+}
+
+func (p *Plan) check() error {
+	var errs []error
+	if err := p.Marks.check(); err != nil {
+		errs = append(errs, err)
+	}
+	// 253 to 255 are default, main and local (rtnetlink(7)).
+	if p.Table <= 0 || p.Table >= 253 && p.Table <= 255 || p.Table > 1<<31-1 {
+		errs = append(errs, fmt.Errorf("redirect: routing table %d: it must be one of its own", p.Table))
+	}
+	names := slices.Clone(p.Interfaces)
+	for i := range p.Blocks {
+		names = append(names, p.Blocks[i].Ifs...)
+	}
+	for _, n := range names {
+		if n == "" || len(n) > 15 || n == "." || n == ".." || hasByte(n, "/: \t\n\"*") {
+			errs = append(errs, fmt.Errorf("redirect: %q is not the name of an interface", n))
+		}
+	}
+	if slices.Contains(p.Interfaces, "lo") {
+		errs = append(errs, errors.New("redirect: lo cannot be intercepted; Local takes this host's own flows"))
+	}
+	for _, s := range p.Synthetic {
+		if !s.IsValid() {
+			errs = append(errs, errors.New("redirect: an invalid synthetic prefix"))
+		}
+	}
+	for _, s := range p.Servers {
+		if !s.Addr().IsValid() || s.Port() == 0 {
+			errs = append(errs, fmt.Errorf("redirect: server %s: no address or no port", s))
+		}
+	}
+	for i := range p.Blocks {
+		if err := p.Blocks[i].check(); err != nil {
+			errs = append(errs, fmt.Errorf("redirect: block %d: %w", i, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (b *Block) check() error {
+	for _, r := range b.Ports {
+		if r.From > r.To {
+			return fmt.Errorf("ports %d-%d are the wrong way round", r.From, r.To)
+		}
+	}
+	for _, s := range b.Src {
+		if !s.IsValid() {
+			return errors.New("an invalid source prefix")
+		}
+	}
+	for _, l := range [][]Range{b.Direct, b.Deny, b.Proxy} {
+		for _, r := range l {
+			if !r.From.IsValid() || r.From.Is4() != r.To.Is4() || r.To.Less(r.From) ||
+				r.From.Is4In6() || r.To.Is4In6() || r.From.Zone() != "" || r.To.Zone() != "" {
+				return fmt.Errorf("%s-%s is not a range of addresses", r.From, r.To)
+			}
+		}
+	}
+	return nil
+}
+
+func hasByte(s, bytes string) bool {
+	for i := range len(s) {
+		for j := range len(bytes) {
+			if s[i] == bytes[j] {
+				return true
+			}
+		}
+	}
+	return false
+}

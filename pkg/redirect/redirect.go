@@ -1,0 +1,362 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrInUse says that a living process has the table: there is one redirector
+// for a network namespace.
+var ErrInUse = errors.New("redirect: another process has the table inet " + tableName)
+
+var errNotApplied = errors.New("redirect: no plan is in force")
+
+// Options are those of Open. The zero value works.
+type Options struct {
+	Log *slog.Logger // nil: silence
+
+	noOwner bool // as on a kernel without owner and persist flags
+}
+
+// Redirect has the table and the routing of a network namespace in hand. Its
+// methods may be used by any number of goroutines.
+type Redirect struct {
+	log *slog.Logger
+	can abilities
+
+	mu       sync.Mutex // holds for all below, and for what is done to the kernel
+	nf       *nfnl      // owns the table
+	policy   *policy
+	monitor  *monitor
+	lock     net.Listener // instead of owning, where the kernel knows no owners
+	plan     *Plan        // what is in force; nil: nothing of ours
+	admitted admissions
+	healed   Healed
+	closed   bool
+}
+
+// Open takes the table of the network namespace that the calling thread is in:
+// on Linux 6.9 and later it is owned by this process from here on (flags owner
+// and persist), so that nobody else can change or flush it, and it stays if
+// this process dies. A table that an earlier process left stays in force until
+// Apply. If a living process has it the error is ErrInUse.
+func Open(o Options) (*Redirect, error) {
+	r := &Redirect{log: o.Log}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	r.admitted.clear()
+	var err error
+	if r.nf, err = dialNfnl(); err != nil {
+		return nil, err
+	}
+	if r.policy, err = dialPolicy(); err == nil {
+		if r.monitor, err = dialMonitor(r.nf.pid); err == nil {
+			err = r.claim(o.noOwner)
+		}
+	}
+	if err != nil {
+		r.release()
+		return nil, err
+	}
+	return r, nil
+}
+
+// claim makes the table ours. A table that is there and has no flags cannot be
+// owned as it is; it stays until Apply replaces it.
+func (r *Redirect) claim(noOwner bool) error {
+	r.can = abilities{refresh: kernelAtLeast(6, 12), own: !noOwner}
+	if r.can.own {
+		info, err := r.nf.table()
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("redirect: nftables: %w", err)
+		}
+		if err == nil && info.flags&(flagOwner|flagPersist) == 0 {
+			return r.claimLock() // somebody without owner flags may be alive
+		}
+		switch err = r.nf.commit(anew(false, flagOwner|flagPersist, nil)); {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EPERM) && info.flags&flagOwner != 0:
+			return ErrInUse
+		case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+			r.can.own = false
+			r.log.Warn("the kernel knows no owner of a table (before Linux 6.9): others can remove it, and it is put back then")
+		default:
+			return err
+		}
+	}
+	return r.claimLock()
+}
+
+func (r *Redirect) claimLock() (err error) {
+	r.lock, err = takeLock()
+	return err
+}
+
+// Apply makes the kernel do what the plan says, from whatever it does, and may
+// be called as often as one likes. The routing comes first and its guard last,
+// the table in one transaction in between. With an error the table is what it
+// was.
+func (r *Redirect) Apply(p Plan) error {
+	if err := p.check(); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return net.ErrClosed
+	}
+	return r.apply(&p)
+}
+
+func (r *Redirect) apply(p *Plan) error {
+	if _, err := r.policy.ensure(p, divertRules); err != nil {
+		return err
+	}
+	switch err := r.applyTable(p); {
+	case errors.Is(err, errTruncated):
+		// What a block lacks the next one would decide. Nothing at all is safe.
+		none := p.Closed()
+		none.Blocks = nil
+		return errors.Join(err, r.applyTable(&none))
+	case err != nil:
+		return err
+	}
+	r.plan = p
+	if _, err := r.policy.ensure(p, guardRules); err != nil {
+		return err
+	}
+	return r.policy.drop(p)
+}
+
+// applyTable puts the table in force: by changing the one that is there, if it
+// is ours, so that dynamic elements and counters stay; else by replacing it.
+func (r *Redirect) applyTable(p *Plan) error {
+	info, err := r.nf.table()
+	exists := err == nil
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("redirect: nftables: %w", err)
+	}
+	if p.Readmit != nil {
+		before := r.admitted
+		r.admitted.clear()
+		if _, err := r.admitted.add(p.Readmit, time.Now()); err != nil {
+			r.admitted = before
+			return err
+		}
+	}
+	if exists && (info.flags&flagOwner != 0) == r.can.own {
+		err := r.changeTable(p)
+		if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, errTruncated) {
+			return err
+		}
+		r.log.Debug("the table that is there cannot be changed", "err", err)
+	}
+	return r.replaceTable(p, exists)
+}
+
+func (r *Redirect) changeTable(p *Plan) error {
+	var there present
+	var err error
+	if there.chains, err = r.nf.names(unix.NFT_MSG_GETCHAIN); err != nil {
+		return fmt.Errorf("redirect: chains: %w", err)
+	}
+	if there.sets, err = r.nf.names(unix.NFT_MSG_GETSET); err != nil {
+		return fmt.Errorf("redirect: sets: %w", err)
+	}
+	t, err := newTable(p, there.generation())
+	if err != nil {
+		return err
+	}
+	var readmit []setElements
+	if p.Readmit != nil {
+		readmit = r.admitted.all(time.Now())
+	}
+	msgs, err := t.messages(there, readmit)
+	if err != nil {
+		return err
+	}
+	if err := r.nf.commit(msgs); err != nil {
+		return err
+	}
+	return r.verify(t)
+}
+
+func (r *Redirect) replaceTable(p *Plan, exists bool) error {
+	t, err := newTable(p, "a")
+	if err != nil {
+		return err
+	}
+	content, err := t.messages(present{}, r.admitted.all(time.Now()))
+	if err != nil {
+		return err
+	}
+	flags := uint32(0)
+	if r.can.own {
+		flags = flagOwner | flagPersist
+	}
+	err = r.nf.commit(anew(exists, flags, content))
+	if exists && errors.Is(err, unix.ENOENT) { // somebody was quicker to delete it
+		err = r.nf.commit(anew(false, flags, content))
+	}
+	if err != nil {
+		return err
+	}
+	return r.verify(t)
+}
+
+var errTruncated = errors.New("redirect: the kernel has not taken all elements of a set")
+
+// verify counts what has arrived of the large sets. A kernel that cuts lists
+// off does so silently, and what is missing would be decided by the next rule.
+func (r *Redirect) verify(t *table) error {
+	for _, s := range t.sets {
+		if len(s.elements) <= chunk {
+			continue
+		}
+		n := 0
+		if err := r.nf.elements(s.name, func(element) { n++ }); err != nil {
+			return fmt.Errorf("redirect: set %s: %w", s.name, err)
+		}
+		if n != len(s.elements) {
+			return fmt.Errorf("%w: %s has %d of %d", errTruncated, s.name, n, len(s.elements))
+		}
+	}
+	return nil
+}
+
+// Close ends the hold on the kernel. With keep the closed form of the plan in
+// force stays behind, for the next Open or for Remove: what may pass does, all
+// else is refused. Without keep everything of ours is removed.
+func (r *Redirect) Close(keep bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil
+	}
+	var err error
+	switch {
+	case !keep:
+		err = remove(r.nf, r.policy)
+	case r.plan != nil:
+		closed := r.plan.Closed()
+		err = r.apply(&closed)
+	}
+	r.release()
+	return err
+}
+
+func (r *Redirect) release() {
+	r.closed, r.plan = true, nil
+	if r.monitor != nil {
+		r.monitor.close()
+	}
+	if r.policy != nil {
+		r.policy.close()
+	}
+	if r.lock != nil {
+		r.lock.Close()
+	}
+	r.nf.close()
+}
+
+// Remove takes everything of ours out of the network namespace that the calling
+// thread is in, found by the name of the table and by RouteProtocol. What is
+// not there is no error. If a living process has the table nothing is done, and
+// the error is ErrInUse.
+func Remove() error {
+	l, err := takeLock()
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	nf, err := dialNfnl()
+	if err != nil {
+		return err
+	}
+	defer nf.close()
+	p, err := dialPolicy()
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	return remove(nf, p)
+}
+
+func remove(nf *nfnl, p *policy) error {
+	info, err := nf.table()
+	switch {
+	case err == nil:
+		// The table first: while the guards of routing are still there what
+		// comes in meanwhile is prohibited.
+		err = nf.commit(anew(true, 0, nil)[:1])
+		if errors.Is(err, unix.EPERM) && info.flags&flagOwner != 0 {
+			return ErrInUse
+		}
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return err
+		}
+	case !errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("redirect: nftables: %w", err)
+	}
+	return p.drop(nil)
+}
+
+// Count is a number of packets and of their bytes.
+type Count struct{ Packets, Bytes uint64 }
+
+// Counters is what the table has counted since it was made, in packets. A
+// reload does not reset it.
+type Counters struct {
+	Diverted Count // to the TCP listener: the first packet of each connection
+	DNS      Count // to the DNS listeners: each datagram, the first packet of each connection
+	Direct   Count // may pass
+	Denied   Count // by a rule that says DENY, or for want of a rule
+	Refused  Count // would be proxied, but nobody is there or it is not TCP
+	Guard    Count // had a divert mark and was about to leave
+}
+
+// Counters reads the counters of the table.
+func (r *Redirect) Counters() (Counters, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return Counters{}, net.ErrClosed
+	}
+	n, err := r.nf.counters()
+	if err != nil {
+		return Counters{}, fmt.Errorf("redirect: counters: %w", err)
+	}
+	return Counters{Diverted: n[countDiverted], DNS: n[countDNS], Direct: n[countDirect],
+		Denied: n[countDenied], Refused: n[countRefused], Guard: n[countGuard]}, nil
+}
+
+// Owned reports whether the table is owned by this process in the kernel's
+// eyes, so that nobody else can change it. Without, Heal puts back what others
+// take away.
+func (r *Redirect) Owned() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.can.own
+}
+
+// kernelAtLeast compares the version of the running kernel.
+func kernelAtLeast(major, minor int) bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var a, b int
+	if n, _ := fmt.Sscanf(strings.TrimRight(string(u.Release[:]), "\x00"), "%d.%d", &a, &b); n != 2 {
+		return false
+	}
+	return a > major || a == major && b >= minor
+}

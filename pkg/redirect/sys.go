@@ -1,0 +1,49 @@
+package redirect
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// What x/sys/unix does not have in a form that allocates nothing.
+
+func getsockopt(fd, level, name int, b *byte, n *uint32) error {
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name),
+		uintptr(unsafe.Pointer(b)), uintptr(unsafe.Pointer(n)), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// nextCmsg takes the first control message (cmsg(3)) off a buffer; a nil header
+// says that there is none.
+func nextCmsg(b []byte) (h *unix.Cmsghdr, data, rest []byte) {
+	if len(b) < unix.SizeofCmsghdr {
+		return nil, nil, nil
+	}
+	h = (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+	if uint64(h.Len) < unix.SizeofCmsghdr || uint64(h.Len) > uint64(len(b)) {
+		return nil, nil, nil
+	}
+	data = b[unix.SizeofCmsghdr:h.Len]
+	return h, data, b[min(len(b), unix.CmsgSpace(len(data))):]
+}
+
+// mmsghdr is struct mmsghdr of recvmmsg(2).
+type mmsghdr struct {
+	hdr unix.Msghdr
+	n   uint32
+}
+
+// recvmmsg and sendmmsg do not block: they are for sockets of Go's poller.
+func recvmmsg(fd int, ms []mmsghdr) (int, unix.Errno) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&ms[0])), uintptr(len(ms)), unix.MSG_DONTWAIT, 0, 0)
+	return int(n), errno
+}
+
+func sendmmsg(fd int, ms []mmsghdr) (int, unix.Errno) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&ms[0])), uintptr(len(ms)), unix.MSG_DONTWAIT, 0, 0)
+	return int(n), errno
+}

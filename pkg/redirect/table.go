@@ -1,0 +1,457 @@
+package redirect
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/nftables"
+)
+
+// tableName is the nftables table of ours, of family inet.
+const tableName = "tproxyd"
+
+// liveTime is how long an admitted address that is in use stays admitted after
+// its last packet: what RFC 5382, REQ-5 asks of those who keep TCP flows.
+const liveTime = 2*time.Hour + 4*time.Minute
+
+// The counters of the table.
+const (
+	countDiverted = "diverted"
+	countDNS      = "dns"
+	countDirect   = "direct"
+	countDenied   = "denied"
+	countRefused  = "refused"
+	countGuard    = "guard"
+)
+
+func counterNames() []string {
+	return []string{countDiverted, countDNS, countDirect, countDenied, countRefused, countGuard}
+}
+
+// chain is a base chain if it has a type.
+type chain struct {
+	name  string
+	kind  nftables.ChainType
+	hook  *nftables.ChainHook
+	rules []rule
+}
+
+func (c *chain) add(r ...statement) { c.rules = append(c.rules, r) }
+
+// table is what a plan means, in the terms of nftables.
+type table struct {
+	sets   []*set
+	chains []*chain
+	gen    string // ends the names of the sets that each plan has of its own
+}
+
+// newTable makes the table of a checked plan. Gen tells the sets of one plan
+// from those of the plan before, so that both can be there for a moment.
+func newTable(p *Plan, gen string) (*table, error) {
+	t := &table{gen: "_" + gen}
+	for _, f := range []family{ip4, ip6} {
+		for q := partAddr; q <= partPort; q++ {
+			t.sets = append(t.sets, dynamicSet(admittedSet, f, q), dynamicSet(liveSet, f, q))
+		}
+	}
+	t.ends(p)
+	t.implicit(p)
+	t.take(p)
+	if err := t.decide(p); err != nil {
+		return nil, err
+	}
+	t.ways(p)
+	return t, nil
+}
+
+func (t *table) chain(name string) *chain {
+	c := &chain{name: name}
+	t.chains = append(t.chains, c)
+	return c
+}
+
+func (t *table) base(name string, kind nftables.ChainType, hook *nftables.ChainHook) *chain {
+	c := &chain{name: name, kind: kind, hook: hook}
+	t.chains = append(t.chains, c)
+	return c
+}
+
+func (t *table) set(s *set) *set {
+	s.name += t.gen
+	t.sets = append(t.sets, s)
+	return s
+}
+
+// ends writes the chains that end a packet's way: direct and the two that
+// reject. Rejects clear the mark first: with sysctl fwmark_reflect the answer
+// has the mark of the question, and a divert mark may not leave.
+func (t *table) ends(p *Plan) {
+	m := p.Marks
+	direct := t.chain("direct")
+	if p.Local {
+		// A mark that is as it was spares the packet a second routing decision.
+		direct.add(mark(m, m.Local()), setMark(m, 0), count(countDirect), accept())
+	}
+	direct.add(setMark(m, m.Direct()), count(countDirect), accept())
+
+	refuse := t.chain("refuse")
+	refuse.add(setMark(m, 0), count(countRefused))
+	refuse.add(proto(tcp), rejectReset())
+	refuse.add(proto(udp), rejectPort())
+	refuse.add(rejectProhibited())
+}
+
+// ICMP messages that report an error, and those that IPv6 hosts find their
+// neighbours and groups with (RFC 4861, 2710, 3810).
+func icmpErrors(kind l4) []byte {
+	if kind == icmp {
+		return []byte{3, 11, 12}
+	}
+	return []byte{1, 2, 3, 4}
+}
+
+func neighbourhood() []byte { return []byte{130, 131, 132, 133, 134, 135, 136, 137, 143} }
+
+// implicit lets pass what is never ours to stop or take.
+func (t *table) implicit(p *Plan) {
+	m := p.Marks
+	for _, f := range []family{ip4, ip6} {
+		for q := partAddr; q <= partPort; q++ {
+			c := t.chain("keep" + f.digit() + q.suffix())
+			c.add(keep(f, q, dynamicSet(liveSet, f, q), liveTime)) // if the set is full, the next rule is run all the same
+			c.add(going("direct"))
+		}
+	}
+	c := t.chain("implicit")
+	// A flow that ends at us can be known to conntrack the wrong way round, if
+	// somebody flushed its table and the first packet after that was ours.
+	c.add(ctReply(), ctMarkNot(m, m.Own()), going("direct"))
+	c.add(icmpType(icmp, icmpErrors(icmp)...), going("direct"))
+	c.add(icmpType(icmpv6, slices.Concat(icmpErrors(icmpv6), neighbourhood())...), going("direct"))
+	c.add(toUs(), going("direct"))
+	c.add(daddr(netip.MustParsePrefix("169.254.0.0/16")), going("direct"))
+	c.add(daddr(netip.MustParsePrefix("fe80::/10")), going("direct"))
+	for _, f := range []family{ip4, ip6} {
+		var servers []netip.AddrPort
+		for _, s := range p.Servers {
+			if s = netip.AddrPortFrom(s.Addr().Unmap().WithZone(""), s.Port()); familyOf(s.Addr()) == f {
+				servers = append(servers, s)
+			}
+		}
+		slices.SortFunc(servers, netip.AddrPort.Compare)
+		if servers = slices.Compact(servers); len(servers) > 0 {
+			c.add(serverIn(f, t.set(serverSet("servers"+f.digit(), f, servers))), going("direct"))
+		}
+	}
+	for _, f := range []family{ip4, ip6} {
+		for _, kind := range []string{admittedSet, liveSet} {
+			for q := partAddr; q <= partPort; q++ {
+				c.add(partIn(f, q, dynamicSet(kind, f, q)), going("keep"+f.digit()+q.suffix()))
+			}
+		}
+	}
+}
+
+// take writes the chains that divert. Each ends with a refusal of what it
+// would have diverted, and the mark comes before the tproxy: a rule whose
+// tproxy finds no socket ends there. The kernel allows a tproxy in prerouting
+// only, so take, where output can come too, leaves it to the chain lan: it just
+// ends, and lan goes on behind its jump.
+func (t *table) take(p *Plan) {
+	m := p.Marks
+	c := t.chain("take")
+	c.add(jump("implicit"))
+	switch {
+	case p.Ports.TCP == 0:
+		c.add(going("refuse"))
+	default:
+		c.add(protoNot(tcp), going("refuse"))
+		if p.Local {
+			c.add(mark(m, m.Local()), setCtMark(m, m.Own()), count(countDiverted), accept())
+		}
+	}
+
+	if p.DNS {
+		c := t.chain("dns")
+		c.add(ctReply(), ctMarkNot(m, m.Own()), going("direct"))
+		c.add(setMark(m, m.Lan()))
+		divert(c, udp, p.Ports.DNSUDP, countDNS)
+		divert(c, tcp, p.Ports.DNSTCP, countDNS)
+		c.add(going("refuse"))
+	}
+}
+
+func divert(c *chain, p l4, port uint16, counter string) {
+	if port == 0 {
+		return
+	}
+	for _, f := range []family{ip4, ip6} {
+		c.add(isFamily(f), proto(p), tproxy(f, port), count(counter), accept())
+	}
+}
+
+// ways writes the base chains and what they lead to: the ways in, and the guard
+// on the way out.
+func (t *table) ways(p *Plan) {
+	m := p.Marks
+	pre := t.base("prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting)
+	if len(p.Interfaces) > 0 {
+		t.lan(p)
+		for _, i := range p.Interfaces {
+			pre.add(iif(i), going("lan"))
+		}
+	}
+	if p.Local {
+		pre.add(iif("lo"), mark(m, m.Local()), going("local"))
+		t.local(p)
+		t.output(p)
+	}
+	post := t.base("postrouting", nftables.ChainTypeFilter, nftables.ChainHookPostrouting)
+	post.add(mark(m, m.Lan()), oifNot("lo"), count(countGuard), drop())
+	post.add(mark(m, m.Local()), oifNot("lo"), count(countGuard), drop())
+	post.add(mark(m, m.Own()), ctNew(), notFromUs(), setCtMark(m, m.Own()))
+}
+
+func (t *table) lan(p *Plan) {
+	m := p.Marks
+	c := t.chain("lan")
+	c.add(notFirst(), socketTransparent(), setMark(m, m.Lan()), accept())
+	// Errors about a flow that ends at us are for its socket, and would tell
+	// others of it: "fragmentation needed" above all.
+	for _, kind := range []l4{icmp, icmpv6} {
+		c.add(icmpType(kind, icmpErrors(kind)...), ctMark(m, m.Own()), setMark(m, m.Lan()), accept())
+	}
+	if p.DNS {
+		c.add(dport(udp, 53), going("dns"))
+		c.add(dport(tcp, 53), going("dns"))
+	}
+	c.add(jump("decide"))
+	c.add(setMark(m, m.Lan()), setCtMark(m, m.Own()))
+	divert(c, tcp, p.Ports.TCP, countDiverted)
+	c.add(going("refuse"))
+}
+
+// local writes the chain of packets that output has marked and routing has
+// brought back, by lo.
+func (t *table) local(p *Plan) {
+	c := t.chain("local")
+	c.add(notFirst(), socketTransparent(), accept())
+	if p.DNS {
+		for _, w := range []struct {
+			proto l4
+			port  uint16
+		}{{udp, p.Ports.DNSUDP}, {tcp, p.Ports.DNSTCP}} {
+			if w.port != 0 {
+				for _, f := range []family{ip4, ip6} {
+					c.add(isFamily(f), dport(w.proto, 53), tproxy(f, w.port), count(countDNS), accept())
+				}
+			}
+			c.add(dport(w.proto, 53), going("refuse"))
+		}
+	}
+	if p.Ports.TCP != 0 {
+		for _, f := range []family{ip4, ip6} {
+			c.add(isFamily(f), proto(tcp), tproxy(f, p.Ports.TCP), accept())
+		}
+	}
+	c.add(going("refuse"))
+}
+
+func (t *table) output(p *Plan) {
+	m := p.Marks
+	c := t.base("output", nftables.ChainTypeRoute, nftables.ChainHookOutput)
+	c.add(mark(m, m.Own()), accept())
+	c.add(ctReply(), ctMarkNot(m, m.Own()), accept())
+	c.add(notFromUs(), accept())
+	c.add(ctMark(m, m.Own()), setMark(m, m.Local()), accept()) // a flow that was taken stays taken
+	if p.DNS {
+		for _, w := range []struct {
+			proto l4
+			port  uint16
+		}{{udp, p.Ports.DNSUDP}, {tcp, p.Ports.DNSTCP}} {
+			if w.port != 0 {
+				c.add(dport(w.proto, 53), setMark(m, m.Local()), accept())
+			} else {
+				c.add(dport(w.proto, 53), going("refuse"))
+			}
+		}
+	}
+	c.add(setMark(m, m.Local()))
+	c.add(jump("decide"))
+	c.add(going("refuse"))
+}
+
+// decide writes the blocks, and what is denied for want of a block.
+func (t *table) decide(p *Plan) error {
+	denied := t.chain("denied")
+	denied.add(jump("implicit"))
+	denied.add(setMark(p.Marks, 0), count(countDenied))
+	denied.add(proto(tcp), rejectReset())
+	denied.add(rejectProhibited())
+
+	// What a name stands for is nobody's address: nothing may pass.
+	synthetic := t.chain("synthetic")
+	if p.Ports.TCP != 0 {
+		synthetic.add(proto(tcp), going("take"))
+	}
+	synthetic.add(going("refuse"))
+
+	c := t.chain("decide")
+	for _, s := range p.Synthetic {
+		c.add(daddr(s), going("synthetic"))
+	}
+	for i := range p.Blocks {
+		if err := t.block(c, i, &p.Blocks[i]); err != nil {
+			return fmt.Errorf("redirect: block %d: %w", i, err)
+		}
+	}
+	c.add(going("denied"))
+	return nil
+}
+
+// block writes the rules of one block: for each family and each list one, with
+// all conditions in front. Where the lists hold every address of the family the
+// longest needs no set, for it is what the others leave.
+func (t *table) block(c *chain, n int, b *Block) error {
+	name := func(what string) string { return fmt.Sprintf("b%d_%s", n, what) }
+	conditions := t.protocols(b, name("ports"))
+	var ifs []statement
+	switch len(b.Ifs) {
+	case 0:
+	case 1:
+		ifs = []statement{iif(b.Ifs[0])}
+	default:
+		unique := slices.Compact(slices.Sorted(slices.Values(b.Ifs)))
+		ifs = []statement{iifIn(t.set(ifSet(name("ifs"), unique)))}
+	}
+	src := prefixRanges(b.Src)
+	for _, f := range []family{ip4, ip6} {
+		var before []statement
+		if len(b.Src) > 0 {
+			sources := normal(src, f)
+			if len(sources) == 0 {
+				continue
+			}
+			before = []statement{addrIn(f, true, t.set(addrSet(name("src"+f.digit()), f, sources)), false)}
+		}
+		before = append(before, ifs...)
+		lists := []struct {
+			name, to string
+			ranges   []Range
+		}{
+			{"direct", "direct", normal(b.Direct, f)},
+			{"deny", "denied", normal(b.Deny, f)},
+			{"proxy", "take", normal(b.Proxy, f)},
+		}
+		whole, err := covers(f, lists[0].ranges, lists[1].ranges, lists[2].ranges)
+		if err != nil {
+			return err
+		}
+		rest := -1
+		if whole {
+			for i, l := range lists {
+				if rest < 0 || len(l.ranges) > len(lists[rest].ranges) {
+					rest = i
+				}
+			}
+		}
+		for i, l := range lists {
+			if i == rest || len(l.ranges) == 0 {
+				continue
+			}
+			s := t.set(addrSet(name(l.name+f.digit()), f, l.ranges))
+			for _, cond := range conditions {
+				c.add(slices.Concat(cond, before, []statement{addrIn(f, false, s, len(b.Src) > 0), going(l.to)})...)
+			}
+		}
+		if rest >= 0 {
+			for _, cond := range conditions {
+				r := slices.Concat(cond, before)
+				if len(b.Src) == 0 {
+					r = append(r, isFamily(f))
+				}
+				c.add(append(r, going(lists[rest].to))...)
+			}
+		}
+	}
+	return nil
+}
+
+// protocols returns the alternatives that a block's networks and ports make.
+func (t *table) protocols(b *Block, name string) [][]statement {
+	var protos []l4
+	switch b.Networks {
+	case TCP:
+		protos = []l4{tcp}
+	case UDP:
+		protos = []l4{udp}
+	default:
+		protos = []l4{tcp, udp}
+	}
+	ports := normalPorts(b.Ports)
+	if len(ports) == 0 {
+		if b.Networks == Any {
+			return [][]statement{nil}
+		}
+		return [][]statement{{proto(protos[0])}}
+	}
+	var alternatives [][]statement
+	match := func(p l4) statement { return dport(p, ports[0].From) }
+	if len(ports) > 1 || ports[0].From != ports[0].To {
+		s := t.set(portSet(name, ports))
+		match = func(p l4) statement { return dportIn(p, s) }
+	}
+	for _, p := range protos {
+		alternatives = append(alternatives, []statement{match(p)})
+	}
+	return alternatives
+}
+
+// normalPorts returns the ranges sorted and merged.
+func normalPorts(ports []PortRange) []PortRange {
+	rs := slices.Clone(ports)
+	slices.SortFunc(rs, func(a, b PortRange) int { return int(a.From) - int(b.From) })
+	merged := rs[:0]
+	for _, r := range rs {
+		if n := len(merged); n > 0 && int(r.From) <= int(merged[n-1].To)+1 {
+			merged[n-1].To = max(merged[n-1].To, r.To)
+			continue
+		}
+		merged = append(merged, r)
+	}
+	return merged
+}
+
+// Text returns the table of a plan as nft(8) reads it, in the order in which
+// its parts refer to one another. Dynamic elements are not in it.
+func Text(p Plan) (string, error) {
+	if err := p.check(); err != nil {
+		return "", err
+	}
+	t, err := newTable(&p, "a")
+	if err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "table inet %s {\n", tableName)
+	for _, c := range counterNames() {
+		fmt.Fprintf(&b, "\tcounter %s {\n\t}\n\n", c)
+	}
+	for _, s := range t.sets {
+		s.text(&b)
+	}
+	for _, c := range t.chains {
+		fmt.Fprintf(&b, "\tchain %s {\n", c.name)
+		if c.kind != "" {
+			fmt.Fprintf(&b, "\t\ttype %s hook %s priority mangle; policy accept;\n", c.kind, c.name)
+		}
+		for _, r := range c.rules {
+			fmt.Fprintf(&b, "\t\t%s\n", r.text())
+		}
+		b.WriteString("\t}\n\n")
+	}
+	return strings.TrimSuffix(b.String(), "\n") + "}\n", nil
+}
