@@ -1,0 +1,89 @@
+// Package socks is the client side of SOCKS5 (RFC 1928, RFC 1929) on a given
+// connection.
+//
+// It promises to write each message with one write, since some servers take
+// one read for one message; to read a reply exactly, so that the first byte of
+// the flow stays in the socket; and to tell what went wrong by type: the
+// server's reply, its refusal of the client, or bytes that are no SOCKS.
+//
+// Deadlines are the caller's: it sets them on the connection.
+package socks
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+)
+
+// Reply is the REP field of a server's reply (RFC 1928 section 6). It is an
+// error by itself.
+type Reply uint8
+
+// The replies that RFC 1928 assigns; 0 is success and never returned.
+const (
+	GeneralFailure Reply = iota + 1
+	NotAllowed
+	NetworkUnreachable
+	HostUnreachable
+	ConnectionRefused
+	TTLExpired
+	CommandNotSupported
+	AddrTypeNotSupported
+)
+
+// Error returns the reply in words.
+func (r Reply) Error() string {
+	words := [...]string{
+		GeneralFailure:       "general SOCKS server failure",
+		NotAllowed:           "connection not allowed by ruleset",
+		NetworkUnreachable:   "network unreachable",
+		HostUnreachable:      "host unreachable",
+		ConnectionRefused:    "connection refused by the destination",
+		TTLExpired:           "TTL expired",
+		CommandNotSupported:  "command not supported",
+		AddrTypeNotSupported: "address type not supported",
+	}
+	if int(r) < len(words) && words[r] != "" {
+		return "socks: " + words[r]
+	}
+	return fmt.Sprintf("socks: reply %d, which RFC 1928 does not assign", uint8(r))
+}
+
+// Errors of a server that does not serve this client.
+var (
+	ErrNoAcceptableMethod = errors.New("socks: the server accepts none of the offered authentication methods")
+	ErrAuth               = errors.New("socks: the server refuses the user name or password")
+	ErrTooLong            = errors.New("socks: a name, user name or password is longer than 255 bytes or empty")
+)
+
+// ProtocolError says that the server's bytes are no SOCKS5.
+type ProtocolError struct{ What string }
+
+// Error returns what was wrong.
+func (e *ProtocolError) Error() string { return "socks: " + e.What }
+
+// Auth is a user name and a password (RFC 1929), each 1 to 255 bytes. No form
+// of printing shows it.
+type Auth struct{ Username, Password string }
+
+// String hides the credential.
+func (*Auth) String() string { return "socks.Auth(hidden)" }
+
+// GoString hides the credential.
+func (*Auth) GoString() string { return "socks.Auth(hidden)" }
+
+// LogValue hides the credential.
+func (*Auth) LogValue() slog.Value { return slog.StringValue("hidden") }
+
+const (
+	version5       = 5
+	versionAuth    = 1 // RFC 1929: of the sub-negotiation
+	methodNone     = 0
+	methodUserPass = 2
+	methodNoneFits = 0xff
+	commandConnect = 1
+	addrIPv4       = 1
+	addrDomain     = 3
+	addrIPv6       = 4
+	maxMessage     = 3 + 2*255 // the longest message of ours: authentication
+)

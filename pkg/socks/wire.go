@@ -1,0 +1,125 @@
+package socks
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+)
+
+// maxRequest is the longest request: four bytes, a name with its length, a
+// port.
+const maxRequest = 4 + 1 + 255 + 2
+
+type scratch = [maxMessage + maxRequest]byte
+
+func fits(s string) bool { return len(s) >= 1 && len(s) <= 255 }
+
+// appendAuth appends the user name and password (RFC 1929 section 2).
+func appendAuth(b []byte, a *Auth) []byte {
+	b = append(b, versionAuth, byte(len(a.Username)))
+	b = append(b, a.Username...)
+	b = append(b, byte(len(a.Password)))
+	return append(b, a.Password...)
+}
+
+// appendRequest appends the CONNECT request (RFC 1928 section 4).
+func appendRequest(b []byte, t flow.Target) []byte {
+	b = append(b, version5, commandConnect, 0)
+	switch a := t.Addr.Unmap(); {
+	case t.Name != "":
+		b = append(b, addrDomain, byte(len(t.Name)))
+		b = append(b, t.Name...)
+	case a.Is4():
+		b = append(b, addrIPv4)
+		b = append(b, a.AsSlice()...)
+	default:
+		b = append(b, addrIPv6)
+		b = append(b, a.AsSlice()...)
+	}
+	return append(b, byte(t.Port>>8), byte(t.Port))
+}
+
+// readMethod reads the server's choice (RFC 1928 section 3), which must be
+// the one that was offered.
+func readMethod(r io.Reader, offered byte, buf *scratch) error {
+	b := buf[:2]
+	if err := readFull(r, b); err != nil {
+		return err
+	}
+	switch {
+	case b[0] != version5:
+		return &ProtocolError{fmt.Sprintf("the server answers with version %d", b[0])}
+	case b[1] == methodNoneFits:
+		return ErrNoAcceptableMethod
+	case b[1] != offered:
+		return &ProtocolError{fmt.Sprintf("the server picks method %d, which was not offered", b[1])}
+	}
+	return nil
+}
+
+// readStatus reads the answer to a user name and password.
+func readStatus(r io.Reader, buf *scratch) error {
+	b := buf[:2]
+	if err := readFull(r, b); err != nil {
+		return err
+	}
+	switch {
+	case b[0] != versionAuth:
+		return &ProtocolError{fmt.Sprintf("authentication is answered with version %d", b[0])}
+	case b[1] != 0:
+		return ErrAuth
+	}
+	return nil
+}
+
+// readReply reads the answer to a request (RFC 1928 section 6) and not a byte
+// more. The shortest one has 7 bytes (an empty name), so that many can be
+// asked for at once.
+func readReply(r io.Reader, buf *scratch) (bound netip.AddrPort, err error) {
+	const head = 7
+	b := buf[:head]
+	if err := readFull(r, b); err != nil {
+		return bound, err
+	}
+	if b[0] != version5 {
+		return bound, &ProtocolError{fmt.Sprintf("the reply has version %d", b[0])}
+	}
+	size := 0
+	switch b[3] {
+	case addrIPv4:
+		size = 4 + 4 + 2
+	case addrIPv6:
+		size = 4 + 16 + 2
+	case addrDomain:
+		size = 4 + 1 + int(b[4]) + 2
+	default:
+		if b[1] != 0 {
+			return bound, Reply(b[1]) // of no use to read on; the reply is clear
+		}
+		return bound, &ProtocolError{fmt.Sprintf("the reply has address type %d", b[3])}
+	}
+	if err := readFull(r, buf[head:size]); err != nil {
+		return bound, err
+	}
+	if b[1] != 0 {
+		return bound, Reply(b[1])
+	}
+	port := uint16(buf[size-2])<<8 | uint16(buf[size-1])
+	if b[3] != addrDomain {
+		addr, _ := netip.AddrFromSlice(buf[4 : size-2])
+		bound = netip.AddrPortFrom(addr, port)
+	}
+	return bound, nil
+}
+
+// readFull is io.ReadFull for which an end is always unexpected.
+func readFull(r io.Reader, b []byte) error {
+	_, err := io.ReadFull(r, b)
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
