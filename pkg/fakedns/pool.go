@@ -1,0 +1,326 @@
+// Package fakedns answers DNS with synthetic addresses, so that the flows to
+// them have names.
+//
+// It promises that a name keeps its address, over restarts and crashes too:
+// what an answer says is on file before the answer leaves; that the table is
+// bounded and gives up the names that were used longest ago, never one that a
+// flow lives on, and gives their addresses to nobody else for a time; and that
+// no question about a proxied name goes out by a way that was not decided.
+package fakedns
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+)
+
+// errFull says that there is no address for a new name: all names have live
+// flows, or all free addresses are in quarantine.
+var errFull = errors.New("fakedns: no synthetic address is free")
+
+// pool is the table behind a lock, with its file and its address ranges.
+type pool struct {
+	v4, v6     prefix
+	quarantine uint32 // seconds
+	log        *slog.Logger
+
+	mu      sync.Mutex
+	t       *table
+	s       *store
+	pending []byte // records of the batch under way, not in the file yet
+	since   []byte // records since renew took its dump; nil: it is not under way
+	dirty   bool   // something is in the file that is not on the disk
+	stats   PoolStats
+
+	done chan struct{} // closed by close
+	wg   sync.WaitGroup
+}
+
+// PoolStats is what the synthetic addresses are like.
+type PoolStats struct {
+	Names       int    `json:"names"`        // that have an address
+	Max         int    `json:"max"`          // names at most
+	Pinned      int    `json:"pinned"`       // names with live flows
+	Evicted     uint64 `json:"evicted"`      // names that lost theirs
+	Full        uint64 `json:"full"`         // questions without an answer for want of an address
+	Unowned     uint64 `json:"unowned"`      // look-ups of addresses that no name has
+	StoreErrors uint64 `json:"store_errors"` // writes to the file that failed
+	StoreError  string `json:"store_error,omitempty"`
+}
+
+// prefix is a range of addresses to count in; the zero value has none.
+type prefix struct{ netip.Prefix }
+
+// size is how many indexes fit, the last address left out, at most 1<<24.
+func (p prefix) size() uint32 {
+	host := p.Addr().BitLen() - p.Bits()
+	if host > 24 {
+		return 1 << 24
+	}
+	return 1<<host - 1
+}
+
+func (p prefix) addr(i uint32) netip.Addr {
+	if p.Addr().Is4() {
+		b := p.Addr().As4()
+		put(b[:], i)
+		return netip.AddrFrom4(b)
+	}
+	b := p.Addr().As16()
+	put(b[:], i)
+	return netip.AddrFrom16(b)
+}
+
+// put adds i to the last four bytes, of which it sets only bits that are 0.
+func put(b []byte, i uint32) {
+	for k := len(b) - 1; i > 0; k-- {
+		b[k] |= byte(i)
+		i >>= 8
+	}
+}
+
+// index is the reverse of addr; 0: not an address of p, or one never given.
+func (p prefix) index(a netip.Addr) uint32 {
+	if !p.IsValid() || !p.Contains(a) {
+		return 0
+	}
+	b, base := a.As16(), p.Addr().As16()
+	var i uint32
+	for k := range b {
+		i = i<<8 | uint32(b[k]^base[k])
+		if k < 12 && i != 0 {
+			return 0
+		}
+	}
+	return i
+}
+
+func openPool(o *Options) (*pool, error) {
+	p := &pool{v4: prefix{o.Pool4}, v6: prefix{o.Pool6}, log: o.Log, done: make(chan struct{})}
+	p.quarantine = uint32(o.Quarantine / time.Second)
+	limit := uint32(1 << 24)
+	for _, r := range []prefix{p.v4, p.v6} {
+		if r.IsValid() {
+			limit = min(limit, r.size())
+		}
+	}
+	most := int(limit-1) - int(limit-1)/8
+	if o.Max > 0 {
+		most = min(most, o.Max)
+	}
+	most = max(1, min(most, 1<<20))
+	p.t = newTable(limit, most)
+	p.stats.Max = most
+
+	s, content, err := openStore(o.Dir)
+	if err != nil {
+		return nil, err
+	}
+	p.s = s
+	good := p.t.load(content)
+	if good < len(content) {
+		p.log.Warn("dropped the damaged end of the file of names", "bytes", len(content)-good)
+	}
+	p.t.requeue(func(idle []uint32) {
+		slices.SortStableFunc(idle, func(a, b uint32) int {
+			return int(int64(p.t.entries[a].evicted) - int64(p.t.entries[b].evicted))
+		})
+	})
+	for p.t.size > p.t.max {
+		p.t.evict(p.t.oldest, now())
+	}
+	p.renew() // of the content only what was good goes on
+	p.wg.Go(p.housekeep)
+	return p, nil
+}
+
+func now() uint32 { return uint32(time.Now().Unix()) }
+
+// index returns the index of a name, a new one if need be. What it records is
+// written by flush. The lock is held.
+func (p *pool) index(name []byte) (uint32, error) {
+	t := p.t
+	if i := t.find(name); i != 0 {
+		t.touch(i)
+		return i, nil
+	}
+	if len(name) == 0 || len(name) > 255 {
+		return 0, fmt.Errorf("fakedns: a name of %d bytes", len(name))
+	}
+	at := now()
+	if t.size >= t.max {
+		v := t.victim()
+		if v == 0 {
+			p.stats.Full++
+			return 0, errFull
+		}
+		t.evict(v, at)
+		p.pending = appendRecord(p.pending, recordEvicted, v, at, nil)
+		p.stats.Evicted++
+	}
+	i := t.free(at, p.quarantine)
+	if i == 0 {
+		p.stats.Full++
+		return 0, errFull
+	}
+	t.put(i, name)
+	p.pending = appendRecord(p.pending, recordGiven, i, 0, name)
+	return i, nil
+}
+
+// flush writes what index recorded. The lock is held.
+func (p *pool) flush() {
+	if len(p.pending) == 0 {
+		return
+	}
+	if p.since != nil {
+		p.since = append(p.since, p.pending...)
+	}
+	if err := p.s.append(p.pending); err != nil {
+		p.failed(err)
+	}
+	p.dirty = true
+	p.pending = p.pending[:0]
+}
+
+// failed counts an error of the file. Service goes on; the log says it once.
+func (p *pool) failed(err error) {
+	p.stats.StoreErrors++
+	if p.stats.StoreError == "" {
+		p.log.Error("synthetic addresses are not kept on disk", "err", err)
+	}
+	p.stats.StoreError = err.Error()
+}
+
+// assign is index and flush for one name, with the addresses.
+func (p *pool) assign(name string) (v4, v6 netip.Addr, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i, err := p.index([]byte(name))
+	p.flush()
+	if err != nil {
+		return v4, v6, err
+	}
+	if p.v4.IsValid() {
+		v4 = p.v4.addr(i)
+	}
+	if p.v6.IsValid() {
+		v6 = p.v6.addr(i)
+	}
+	return v4, v6, nil
+}
+
+func (p *pool) contains(a netip.Addr) bool {
+	return p.v4.IsValid() && p.v4.Contains(a) || p.v6.IsValid() && p.v6.Contains(a)
+}
+
+func (p *pool) indexOf(a netip.Addr) uint32 {
+	if a.Is4() {
+		return p.v4.index(a)
+	}
+	return p.v6.index(a)
+}
+
+func (p *pool) lookup(a netip.Addr) (string, bool) {
+	i := p.indexOf(a)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.t.owner(i) {
+		p.stats.Unowned++
+		return "", false
+	}
+	p.t.touch(i)
+	return string(p.t.name(i)), true
+}
+
+func (p *pool) pin(a netip.Addr, by int) {
+	i := p.indexOf(a)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.t.owner(i) {
+		return
+	}
+	if n := p.t.pins[i] + by; n > 0 {
+		p.t.pins[i] = n
+	} else {
+		delete(p.t.pins, i)
+		p.t.touch(i) // a flow was the last use
+	}
+}
+
+// housekeep brings what was written to the disk, once a second, and writes the
+// file anew when it is bulky or broken.
+func (p *pool) housekeep() {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.done:
+			return
+		case <-tick.C:
+		}
+		p.mu.Lock()
+		bulky, dirty, f := p.s.bulky(), p.dirty, p.s.file
+		p.dirty = false
+		p.mu.Unlock()
+		switch {
+		case bulky:
+			p.renew()
+		case dirty && f != nil:
+			if err := f.Sync(); err != nil && !errors.Is(err, os.ErrClosed) {
+				p.mu.Lock()
+				p.failed(err)
+				p.mu.Unlock()
+			}
+		}
+	}
+}
+
+// renew writes the file anew while answers go on. Only openPool and housekeep
+// call it, never at the same time.
+func (p *pool) renew() {
+	p.mu.Lock()
+	log := p.t.dump()
+	p.since = []byte{}
+	p.mu.Unlock()
+	f, err := p.s.writeAnew(log)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == nil {
+		err = p.s.adopt(f, len(log), p.since)
+	}
+	p.since = nil
+	if err != nil {
+		if p.s.file == nil {
+			p.s.err = err
+		}
+		p.failed(err)
+		return
+	}
+	if p.stats.StoreError != "" {
+		p.log.Info("synthetic addresses are kept on disk again")
+		p.stats.StoreError = ""
+	}
+}
+
+func (p *pool) close() error {
+	close(p.done)
+	p.wg.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.flush()
+	return p.s.close()
+}
+
+func (p *pool) status() PoolStats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := p.stats
+	s.Names, s.Pinned = p.t.size, len(p.t.pins)
+	return s
+}
