@@ -1,0 +1,176 @@
+// Package control is how the running daemon is asked and told: HTTP on a UNIX
+// socket, and the client that the commands use.
+//
+// The socket has mode 0660 and belongs to the group tproxyd where that group
+// exists; who may open it may do all that is offered. A second, read-only
+// address for /metrics can be opened on TCP.
+//
+//	GET  /status   the daemon's figures, JSON
+//	POST /reload   reads the files again; 200, or 422 with the diagnostics as text
+//	GET  /metrics  Prometheus text
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+// Options is what the daemon hands down. Every field is needed.
+type Options struct {
+	Status  func() any   // any value that encodes as JSON
+	Reload  func() error // nil: the new files are in force; else the old ones are, and why
+	Metrics http.Handler
+}
+
+// Handler is the whole of the socket's surface.
+func Handler(o Options) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		enc.Encode(o.Status()) // the only error is a reader that left
+	})
+	mux.HandleFunc("POST /reload", func(w http.ResponseWriter, _ *http.Request) {
+		if err := o.Reload(); err != nil {
+			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+			return
+		}
+		fmt.Fprintln(w, "reloaded")
+	})
+	mux.Handle("GET /metrics", o.Metrics)
+	return mux
+}
+
+// MetricsHandler is the surface of the TCP listener: metrics and nothing else.
+func MetricsHandler(o Options) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", o.Metrics)
+	return mux
+}
+
+// Listen opens the control socket at path, making its folder (mode 0755) if
+// need be. A socket left behind by a daemon that died is replaced; one that
+// answers belongs to a living daemon and is an error.
+func Listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("control: %w", err)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("control: %s: another daemon answers there", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("control: %w", err)
+	}
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("control: %w", err)
+	}
+	if err := restrict(path); err != nil {
+		ln.Close()
+		return nil, fmt.Errorf("control: %w", err)
+	}
+	return ln, nil
+}
+
+func restrict(path string) error {
+	if g, err := user.LookupGroup("tproxyd"); err == nil {
+		if gid, err := strconv.Atoi(g.Gid); err == nil {
+			if err := os.Chown(path, -1, gid); err != nil {
+				return err
+			}
+		}
+	}
+	return os.Chmod(path, 0o660)
+}
+
+// Serve answers on ln until ctx ends, then lets requests under way finish for
+// a second.
+func Serve(ctx context.Context, ln net.Listener, h http.Handler) error {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+	stop := context.AfterFunc(ctx, func() {
+		grace, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		s.Shutdown(grace)
+	})
+	defer stop()
+	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("control: %w", err)
+	}
+	return nil
+}
+
+// Client talks to the daemon behind a control socket.
+type Client struct {
+	path string
+	http *http.Client
+}
+
+// NewClient returns a client for the socket at path; nothing is opened yet.
+func NewClient(path string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}
+	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
+}
+
+// Reload asks the daemon to read its files again. The error holds the
+// daemon's own words if it kept the old ones.
+func (c *Client) Reload(ctx context.Context) error {
+	_, err := c.do(ctx, http.MethodPost, "/reload")
+	return err
+}
+
+// Status returns the daemon's figures as JSON.
+func (c *Client) Status(ctx context.Context) ([]byte, error) {
+	return c.do(ctx, http.MethodGet, "/status")
+}
+
+// Metrics returns the daemon's metrics as Prometheus text.
+func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
+	return c.do(ctx, http.MethodGet, "/metrics")
+}
+
+// Refused is the daemon's own answer to a request that it would not carry out.
+type Refused struct{ Text string }
+
+func (r *Refused) Error() string { return r.Text }
+
+func (c *Client) do(ctx context.Context, method, path string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://tproxyd"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) {
+			err = op.Err
+		}
+		return nil, fmt.Errorf("control: %s: %w; is the daemon running?", c.path, err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("control: %s: %w", c.path, err)
+	case resp.StatusCode == http.StatusUnprocessableEntity:
+		return nil, &Refused{Text: string(body)}
+	case resp.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("control: %s%s: %s", c.path, path, resp.Status)
+	}
+	return body, nil
+}
