@@ -3,6 +3,7 @@ package redirect
 import (
 	"bytes"
 	"context"
+	"net/netip"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -102,3 +103,5 @@ func (n *netns) open(o Options) *Redirect {
 	n.t.Cleanup(func() { r.Close(true) })
 	return r
 }
+
+func mustAddr(s string) netip.Addr { return netip.MustParseAddr(s) }

@@ -1,0 +1,294 @@
+package redirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"golang.org/x/sys/unix"
+)
+
+// world is where packets are sent:
+//
+//	client ── lan0 gateway wan0 ── server
+//	10.7.1.2   .1        192.0.2.1  .2      and everything in 203.0.113.0/24,
+//	2001:db8:1::2 ::1 2001:db8:2::1 ::2     198.51.100.0/24, 2001:db8:a::/48, 2001:db8:b::/48
+//
+// The server answers TCP and UDP on ports 53, 80 and 7000, and counts what comes
+// to it. Nothing is known to the client but that the gateway is its router.
+type world struct {
+	t                       *testing.T
+	client, gateway, server *netns
+
+	r   *Redirect
+	tcp *Listener
+	dns *DNS
+}
+
+// proxied, direct and the others are destinations behind the server.
+var (
+	proxied4 = "203.0.113.5"
+	direct4  = "198.51.100.5"
+	denied4  = "198.51.100.200"
+	byName4  = "203.0.113.77" // proxied as long as nobody admits it
+	proxied6 = "2001:db8:a::5"
+	direct6  = "2001:db8:b::5"
+	denied6  = "2001:db8:b:ffff::1"
+	byName6  = "2001:db8:a::77"
+)
+
+// worldPlan is DIRECT for some, DENY for others, and proxied for the rest.
+func worldPlan() Plan {
+	return Plan{
+		Interfaces: []string{"lan0"},
+		DNS:        true,
+		Marks:      testMarks,
+		Table:      7470,
+		Synthetic:  prefixes("198.18.0.0/15", "fd74:7072:6f78::/96"),
+		Servers:    []netip.AddrPort{netip.MustParseAddrPort("203.0.113.9:7000"), netip.MustParseAddrPort("[2001:db8:a::9]:7000")},
+		Blocks: []Block{
+			{Networks: TCP, Ports: []PortRange{{7001, 7010}}, Deny: ranges("0.0.0.0/0", "::/0")},
+			{Direct: ranges("198.51.100.0/25", "2001:db8:b::/64"), Deny: ranges("198.51.100.128/25", "2001:db8:b:ffff::/64")},
+			{Proxy: ranges("0.0.0.0/0", "::/0")},
+		},
+	}
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, client: newNetns(t), gateway: newNetns(t), server: newNetns(t)}
+	w.gateway.run(
+		"ip link add lan0 type veth peer name eth0 netns "+w.client.path,
+		"ip link add wan0 type veth peer name eth0 netns "+w.server.path,
+		"ip addr add 10.7.1.1/24 dev lan0", "ip addr add 2001:db8:1::1/64 dev lan0 nodad",
+		"ip addr add 192.0.2.1/24 dev wan0", "ip addr add 2001:db8:2::1/64 dev wan0 nodad",
+		"ip link set lan0 up", "ip link set wan0 up",
+		"sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
+		"ip route add default via 192.0.2.2", "ip -6 route add default via 2001:db8:2::2")
+	w.client.run(
+		"ip addr add 10.7.1.2/24 dev eth0", "ip addr add 2001:db8:1::2/64 dev eth0 nodad", "ip link set eth0 up",
+		"ip route add default via 10.7.1.1", "ip -6 route add default via 2001:db8:1::1")
+	w.server.run(
+		"ip addr add 192.0.2.2/24 dev eth0", "ip addr add 2001:db8:2::2/64 dev eth0 nodad", "ip link set eth0 up",
+		"ip route add default via 192.0.2.1", "ip -6 route add default via 2001:db8:2::1")
+	for _, n := range []string{"203.0.113.0/24", "198.51.100.0/24", "2001:db8:a::/48", "2001:db8:b::/48", "198.18.0.0/15", "fd74:7072:6f78::/96"} {
+		w.server.run("ip route add local " + n + " dev lo")
+	}
+	w.server.run(`nft -f - <<'N'
+table inet seen {
+	counter proxied {}
+	counter other {}
+	chain pre {
+		type filter hook prerouting priority raw; policy accept;
+		ip daddr { 203.0.113.5, 203.0.113.77, 198.51.100.200, 198.18.0.0/15 } counter name proxied
+		ip6 daddr { 2001:db8:a::5, 2001:db8:a::77, 2001:db8:b:ffff::1, fd74:7072:6f78::/96 } counter name proxied
+	}
+}
+N`)
+	for _, port := range []int{53, 80, 7000} {
+		w.serve(port)
+	}
+	return w
+}
+
+// seen is how many packets for proxied and denied destinations the server got.
+func (w *world) seen() int {
+	w.t.Helper()
+	m := regexp.MustCompile(`packets (\d+)`).FindStringSubmatch(w.server.run("nft list counter inet seen proxied"))
+	n, _ := strconv.Atoi(m[1])
+	return n
+}
+
+// leaked fails the test if the server saw what it must not.
+func (w *world) leaked() {
+	w.t.Helper()
+	if n := w.seen(); n != 0 {
+		w.t.Errorf("%d packets of proxied destinations came to the server", n)
+	}
+}
+
+// serve answers on a port of the server.
+func (w *world) serve(port int) {
+	w.t.Helper()
+	var l net.Listener
+	var p net.PacketConn
+	var err, err2 error
+	w.server.do(func() {
+		l, err = net.Listen("tcp", fmt.Sprintf(":%d", port))
+		p, err2 = net.ListenPacket("udp4", fmt.Sprintf(":%d", port))
+	})
+	if err = errors.Join(err, err2); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { l.Close(); p.Close() })
+	go answer(l, func(c net.Conn) string { return "server " + c.LocalAddr().String() })
+	go func() {
+		b := make([]byte, 2048)
+		for {
+			n, from, err := p.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			p.WriteTo(append([]byte("server "), b[:n]...), from)
+		}
+	}()
+}
+
+// answer says something on each connection, and then repeats what comes.
+func answer(l net.Listener, say func(net.Conn) string) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer c.Close()
+			fmt.Fprintln(c, say(c))
+			io.Copy(c, c)
+		}()
+	}
+}
+
+// listen starts the transparent listeners in the gateway.
+func (w *world) listen() Ports {
+	w.t.Helper()
+	var err, err2 error
+	w.gateway.do(func() {
+		w.tcp, err = ListenTCP(testMarks)
+		w.dns, err2 = ListenDNS(testMarks)
+	})
+	if err = errors.Join(err, err2); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { w.tcp.Close(); w.dns.Close() })
+	for _, l := range w.tcp.Listeners() {
+		go answer(l, func(c net.Conn) string { return "proxy " + c.LocalAddr().String() + " " + inbound(c) })
+	}
+	for _, l := range w.dns.TCP.Listeners() {
+		go answer(l, func(c net.Conn) string { return "dns " + c.LocalAddr().String() + " " + inbound(c) })
+	}
+	for _, c := range w.dns.UDP {
+		go answerUDP(c)
+	}
+	return PortsOf(w.tcp, w.dns)
+}
+
+func inbound(c net.Conn) string {
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return err.Error()
+	}
+	index := 0
+	raw.Control(func(fd uintptr) { index, err = InboundInterface(int(fd)) })
+	if err != nil {
+		return err.Error()
+	}
+	if index == 1 {
+		return "lo"
+	}
+	return "lan"
+}
+
+func answerUDP(c flow.PacketConn) {
+	ds := make([]flow.Datagram, 8)
+	for i := range ds {
+		ds[i].Data = make([]byte, 0, 2048)
+	}
+	for {
+		n, err := c.ReadBatch(ds)
+		if err != nil {
+			return
+		}
+		for i := range ds[:n] {
+			d := &ds[i]
+			from := "lan"
+			if d.IfIndex == 1 {
+				from = "lo"
+			}
+			text := "dns " + d.Dst.String() + " " + from + " " + string(d.Data)
+			d.Data = append(d.Data[:0], text...)
+			if rest, ok := strings.CutPrefix(text, "dns "+d.Dst.String()+" "+from+" long"); ok {
+				size, _ := strconv.Atoi(strings.TrimSpace(rest))
+				d.Data = make([]byte, size)
+			}
+			d.Src, d.Dst = d.Dst, d.Src
+		}
+		c.WriteBatch(ds[:n])
+	}
+}
+
+// start opens the Redirect of the gateway with a plan that has its listeners.
+func (w *world) start(p Plan) Plan {
+	w.t.Helper()
+	p.Ports = w.listen()
+	w.r = w.gateway.open(Options{})
+	w.apply(p)
+	return p
+}
+
+func (w *world) apply(p Plan) {
+	w.t.Helper()
+	if err := w.r.Apply(p); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// ask connects from a namespace and returns the first line that comes, or the
+// error by its name. It also says if that took long.
+func ask(n *netns, network, addr string) string {
+	var got string
+	began := time.Now()
+	n.do(func() {
+		d := net.Dialer{Timeout: 2 * time.Second}
+		c, err := d.DialContext(context.Background(), network, addr)
+		if err != nil {
+			got = errName(err)
+			return
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(2 * time.Second))
+		if strings.HasPrefix(network, "udp") {
+			c.Write([]byte("hello"))
+		}
+		b := make([]byte, 2048)
+		k, err := c.Read(b)
+		if err != nil {
+			got = errName(err)
+			return
+		}
+		got = strings.TrimSpace(string(b[:k]))
+	})
+	if d := time.Since(began); d > time.Second {
+		got += fmt.Sprintf(" (after %v)", d.Round(time.Second))
+	}
+	return got
+}
+
+func errName(err error) string {
+	var errno unix.Errno
+	if errors.As(err, &errno) {
+		return unix.ErrnoName(errno)
+	}
+	return err.Error()
+}
+
+// ping sends one echo request and returns what comes of it.
+func ping(n *netns, addr string) string {
+	out, err := n.try("ping -n -c1 -W1 " + addr)
+	switch {
+	case err == nil:
+		return "answer"
+	case strings.Contains(out, "filtered"), strings.Contains(out, "rohibited"):
+		return "prohibited"
+	}
+	return "nothing: " + out
+}
