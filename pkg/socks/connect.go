@@ -25,7 +25,7 @@ type Options struct {
 // *ProtocolError, or what conn returned: io.ErrUnexpectedEOF if the server
 // closed before its reply was complete.
 func Connect(conn net.Conn, t flow.Target, o Options) (bound netip.AddrPort, err error) {
-	var buf [maxMessage + maxRequest]byte
+	var buf scratch
 	method := byte(methodNone)
 	if o.Auth != nil {
 		// Only this one: a server that is offered both may pick none and then

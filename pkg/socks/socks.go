@@ -12,7 +12,6 @@ package socks
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 )
 
 // Reply is the REP field of a server's reply (RFC 1928 section 6). It is an
@@ -62,18 +61,18 @@ type ProtocolError struct{ What string }
 // Error returns what was wrong.
 func (e *ProtocolError) Error() string { return "socks: " + e.What }
 
-// Auth is a user name and a password (RFC 1929), each 1 to 255 bytes. No form
-// of printing shows it.
+// Auth is a user name and a password (RFC 1929), each 1 to 255 bytes. Neither
+// fmt, nor JSON, nor log/slog shows it.
 type Auth struct{ Username, Password string }
 
-// String hides the credential.
-func (*Auth) String() string { return "socks.Auth(hidden)" }
+const hidden = "socks.Auth(hidden)"
 
-// GoString hides the credential.
-func (*Auth) GoString() string { return "socks.Auth(hidden)" }
+// Format hides the credential from every verb, %d included.
+func (Auth) Format(s fmt.State, _ rune) { fmt.Fprint(s, hidden) }
 
-// LogValue hides the credential.
-func (*Auth) LogValue() slog.Value { return slog.StringValue("hidden") }
+// MarshalText hides the credential from encoders; slog's handlers are among
+// them.
+func (Auth) MarshalText() ([]byte, error) { return []byte(hidden), nil }
 
 const (
 	version5       = 5
@@ -85,5 +84,7 @@ const (
 	addrIPv4       = 1
 	addrDomain     = 3
 	addrIPv6       = 4
-	maxMessage     = 3 + 2*255 // the longest message of ours: authentication
+	maxGreeting    = 3         // one method is offered
+	maxAuth        = 3 + 2*255 // version, two strings with their lengths
+	maxRequest     = 7 + 255   // four bytes, a name with its length, a port
 )

@@ -9,11 +9,8 @@ import (
 	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
-// maxRequest is the longest request: four bytes, a name with its length, a
-// port.
-const maxRequest = 4 + 1 + 255 + 2
-
-type scratch = [maxMessage + maxRequest]byte
+// scratch holds all messages of a handshake at once, as Pipeline sends them.
+type scratch = [maxGreeting + maxAuth + maxRequest]byte
 
 func fits(s string) bool { return len(s) >= 1 && len(s) <= 255 }
 
@@ -60,14 +57,15 @@ func readMethod(r io.Reader, offered byte, buf *scratch) error {
 	return nil
 }
 
-// readStatus reads the answer to a user name and password.
+// readStatus reads the answer to a user name and password. Some servers (early
+// versions of microsocks) put the version of SOCKS where RFC 1929 has its own.
 func readStatus(r io.Reader, buf *scratch) error {
 	b := buf[:2]
 	if err := readFull(r, b); err != nil {
 		return err
 	}
 	switch {
-	case b[0] != versionAuth:
+	case b[0] != versionAuth && b[0] != version5:
 		return &ProtocolError{fmt.Sprintf("authentication is answered with version %d", b[0])}
 	case b[1] != 0:
 		return ErrAuth
