@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -24,16 +25,17 @@ const (
 // forwarder asks the resolvers, remembers their answers for as long as they
 // say, and asks a question that is under way already only once.
 type forwarder struct {
-	o     *Options
-	mu    sync.Mutex
-	calls map[cacheKey]*call
-	cache *lru.Cache[cacheKey, cached]
+	o         *Options
+	resolvers atomic.Pointer[[]netip.AddrPort]
+	mu        sync.Mutex
+	calls     map[cacheKey]*call
+	cache     *lru.Cache[cacheKey, cached]
 }
 
 type cacheKey struct {
-	name   string
-	qtype  uint16
-	do, cd bool
+	name       string
+	qtype      uint16
+	rd, do, cd bool
 }
 
 type cached struct {
@@ -53,7 +55,19 @@ func newForwarder(o *Options) *forwarder {
 	if err != nil {
 		panic(err) // only for a size below 1
 	}
-	return &forwarder{o: o, calls: map[cacheKey]*call{}, cache: cache}
+	f := &forwarder{o: o, calls: map[cacheKey]*call{}, cache: cache}
+	f.setResolvers(o.Resolvers)
+	return f
+}
+
+// setResolvers puts others in place of the resolvers. What the old ones said,
+// or are about to say, is not remembered.
+func (f *forwarder) setResolvers(list []netip.AddrPort) {
+	list = slices.Clone(list)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.resolvers.Store(&list)
+	f.cache.Purge()
 }
 
 func (f *forwarder) forget() { f.cache.Purge() }
@@ -61,7 +75,7 @@ func (f *forwarder) forget() { f.cache.Purge() }
 func keyOf(req *dns.Msg) cacheKey {
 	q := req.Question[0]
 	opt := req.IsEdns0()
-	return cacheKey{strings.ToLower(q.Name), q.Qtype, opt != nil && opt.Do(), req.CheckingDisabled}
+	return cacheKey{strings.ToLower(q.Name), q.Qtype, req.RecursionDesired, opt != nil && opt.Do(), req.CheckingDisabled}
 }
 
 var errNoResolver = errors.New("fakedns: no resolver is known; set [dns] resolvers")
@@ -69,7 +83,7 @@ var errNoResolver = errors.New("fakedns: no resolver is known; set [dns] resolve
 // exchange returns what the resolvers say to req. The message is the caller's.
 func (f *forwarder) exchange(ctx context.Context, req *dns.Msg, a Asker) (*dns.Msg, error) {
 	if req.Opcode != dns.OpcodeQuery || req.Question[0].Qtype == dns.TypeAXFR || req.Question[0].Qtype == dns.TypeIXFR {
-		return f.ask(ctx, req, f.o.Resolvers)
+		return f.ask(ctx, req, *f.resolvers.Load())
 	}
 	key := keyOf(req)
 	if m := f.fromCache(key); m != nil {
@@ -78,7 +92,7 @@ func (f *forwarder) exchange(ctx context.Context, req *dns.Msg, a Asker) (*dns.M
 	f.mu.Lock()
 	if c := f.calls[key]; c != nil {
 		f.mu.Unlock()
-		if f.o.Own(a.Addr) && a.Server.IsValid() && !f.isResolver(a.Server) {
+		if f.o.Own(a.Addr) && a.Server.IsValid() {
 			// Our own question, asked again by a stub on this host whom we
 			// asked: it goes where the stub sent it.
 			return f.ask(ctx, req, []netip.AddrPort{a.Server})
@@ -97,11 +111,12 @@ func (f *forwarder) exchange(ctx context.Context, req *dns.Msg, a Asker) (*dns.M
 	f.calls[key] = c
 	f.mu.Unlock()
 
-	c.msg, c.err = f.ask(ctx, req, f.o.Resolvers)
-	if c.err == nil {
+	resolvers := f.resolvers.Load()
+	c.msg, c.err = f.ask(ctx, req, *resolvers)
+	f.mu.Lock()
+	if c.err == nil && resolvers == f.resolvers.Load() {
 		f.keep(key, c.msg)
 	}
-	f.mu.Lock()
 	delete(f.calls, key)
 	f.mu.Unlock()
 	close(c.done)
@@ -110,10 +125,6 @@ func (f *forwarder) exchange(ctx context.Context, req *dns.Msg, a Asker) (*dns.M
 	}
 	return c.msg.Copy(), nil
 }
-
-// isResolver tells whether an address is one that we ask ourselves; a client
-// on this host may ask it too.
-func (f *forwarder) isResolver(a netip.AddrPort) bool { return slices.Contains(f.o.Resolvers, a) }
 
 // ask goes through the resolvers until one gives an answer that is not its own
 // failure.
@@ -192,16 +203,16 @@ func (f *forwarder) askUDP(ctx context.Context, req *dns.Msg, r netip.AddrPort) 
 
 // keep remembers an answer for as long as it says.
 func (f *forwarder) keep(key cacheKey, m *dns.Msg) {
-	d := maxCacheTime
-	switch {
-	case m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError || m.Truncated:
+	if m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError || m.Truncated {
 		return
-	case len(m.Answer) == 0:
-		d = 0
-		for _, rr := range m.Ns {
-			if soa, ok := rr.(*dns.SOA); ok { // RFC 2308 section 5
-				d = min(maxNegative, time.Duration(min(soa.Hdr.Ttl, soa.Minttl))*time.Second)
-			}
+	}
+	d := maxCacheTime
+	if len(m.Answer) == 0 {
+		d = 0 // unless there is a SOA
+	}
+	for _, rr := range m.Ns {
+		if soa, ok := rr.(*dns.SOA); ok { // a "no", perhaps at the end of CNAMEs: RFC 2308 section 5
+			d = min(maxNegative, time.Duration(min(soa.Hdr.Ttl, soa.Minttl))*time.Second)
 		}
 	}
 	for _, rr := range m.Answer {

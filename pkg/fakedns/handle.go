@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,14 @@ func (s *Server) handle(ctx context.Context, req *dns.Msg, a Asker) *dns.Msg {
 	if len(req.Question) != 1 {
 		s.count.failed.Add(1)
 		return new(dns.Msg).SetRcode(req, dns.RcodeFormatError)
+	}
+	if opt := req.IsEdns0(); opt != nil && opt.Version() != 0 {
+		return s.refuse(req, dns.RcodeBadVers) // RFC 6891 section 6.1.3
+	}
+	switch req.Opcode {
+	case dns.OpcodeQuery, dns.OpcodeNotify, dns.OpcodeUpdate:
+	default:
+		return s.refuse(req, dns.RcodeNotImplemented)
 	}
 	q := req.Question[0]
 	name := strings.ToLower(strings.TrimSuffix(q.Name, "."))
@@ -79,9 +88,12 @@ func (s *Server) fail(req *dns.Msg, err error) *dns.Msg {
 
 // pointer answers who owns a synthetic address.
 func (s *Server) pointer(req *dns.Msg, addr netip.Addr) *dns.Msg {
+	q := req.Question[0]
+	if req.Opcode != dns.OpcodeQuery || q.Qtype == dns.TypeAXFR || q.Qtype == dns.TypeIXFR {
+		return s.refuse(req, dns.RcodeRefused)
+	}
 	s.count.synthetic.Add(1)
 	name, ok := s.pool.lookup(addr)
-	q := req.Question[0]
 	if !ok {
 		return new(dns.Msg).SetRcode(req, dns.RcodeNameError)
 	}
@@ -146,16 +158,24 @@ func (s *Server) remote(ctx context.Context, req *dns.Msg, name string, a Asker)
 		var resp *dns.Msg
 		if resp, err = exchangeTCP(ctx, conn, req); err == nil {
 			s.count.remote.Add(1)
+			// A mail host's addresses, say: the client shall ask for them, so
+			// that its flows have a name.
+			resp.Extra = slices.DeleteFunc(resp.Extra, isAddress)
 			return resp
 		}
 	}
 	return s.fail(req, err)
 }
 
+func isAddress(rr dns.RR) bool {
+	t := rr.Header().Rrtype
+	return t == dns.TypeA || t == dns.TypeAAAA
+}
+
 // remoteResolvers are those that make sense from elsewhere: ours, but those on
 // this host itself; without any, the one that the client asked.
 func (s *Server) remoteResolvers(a Asker) (list []netip.AddrPort) {
-	for _, r := range s.o.Resolvers {
+	for _, r := range *s.fwd.resolvers.Load() {
 		if !r.Addr().IsLoopback() && !s.o.Own(r.Addr()) {
 			list = append(list, r)
 		}

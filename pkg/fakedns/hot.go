@@ -61,7 +61,7 @@ func (q *question) parse(msg []byte, scratch *[256]byte) bool {
 		if l == 0 {
 			break
 		}
-		if l > 63 || at+l > len(msg) || n+l+1 > 254 {
+		if l > 63 || at+l > len(msg) || n+1+l > 253 {
 			return false
 		}
 		if n > 0 {
@@ -73,7 +73,7 @@ func (q *question) parse(msg []byte, scratch *[256]byte) bool {
 				c += 'a' - 'A'
 			}
 			// What needs escapes in text goes the slow way.
-			if c <= ' ' || c >= 0x7f || c == '.' || c == '\\' || c == '"' || c == '(' || c == ')' || c == ';' || c == '@' || c == '$' {
+			if c <= ' ' || c >= 0x7f || c == '.' || c == '\\' || c == '"' || c == '\'' || c == '(' || c == ')' || c == ';' || c == '@' || c == '$' {
 				return false
 			}
 			scratch[n] = c

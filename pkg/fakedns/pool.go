@@ -37,8 +37,9 @@ type pool struct {
 	dirty   bool   // something is in the file that is not on the disk
 	stats   PoolStats
 
-	done chan struct{} // closed by close
-	wg   sync.WaitGroup
+	start time.Time     // when the pool was opened
+	done  chan struct{} // closed by close
+	wg    sync.WaitGroup
 }
 
 // PoolStats is what the synthetic addresses are like.
@@ -56,13 +57,13 @@ type PoolStats struct {
 // prefix is a range of addresses to count in; the zero value has none.
 type prefix struct{ netip.Prefix }
 
-// size is how many indexes fit, the last address left out, at most 1<<24.
+// maxIndex bounds the table's memory where a pool is larger than that.
+const maxIndex = 1 << 21
+
+// size is the first index that is not given: that of the last address.
 func (p prefix) size() uint32 {
 	host := p.Addr().BitLen() - p.Bits()
-	if host > 24 {
-		return 1 << 24
-	}
-	return 1<<host - 1
+	return min(maxIndex, uint32(1)<<min(host, 24)-1)
 }
 
 func (p prefix) addr(i uint32) netip.Addr {
@@ -101,12 +102,15 @@ func (p prefix) index(a netip.Addr) uint32 {
 }
 
 func openPool(o *Options) (*pool, error) {
-	p := &pool{v4: prefix{o.Pool4}, v6: prefix{o.Pool6}, log: o.Log, done: make(chan struct{})}
+	p := &pool{v4: prefix{o.Pool4.Masked()}, v6: prefix{o.Pool6.Masked()}, log: o.Log, start: time.Now(), done: make(chan struct{})}
 	p.quarantine = uint32(o.Quarantine / time.Second)
-	limit := uint32(1 << 24)
+	limit := uint32(maxIndex)
 	for _, r := range []prefix{p.v4, p.v6} {
-		if r.IsValid() {
-			limit = min(limit, r.size())
+		if !r.IsValid() {
+			continue
+		}
+		if limit = min(limit, r.size()); limit < 2 {
+			return nil, fmt.Errorf("fakedns: pool %v has no address to give", r)
 		}
 	}
 	most := int(limit-1) - int(limit-1)/8
@@ -126,20 +130,26 @@ func openPool(o *Options) (*pool, error) {
 	if good < len(content) {
 		p.log.Warn("dropped the damaged end of the file of names", "bytes", len(content)-good)
 	}
-	p.t.requeue(func(idle []uint32) {
+	at := p.now()
+	p.t.requeue(at, func(idle []uint32) {
 		slices.SortStableFunc(idle, func(a, b uint32) int {
 			return int(int64(p.t.entries[a].evicted) - int64(p.t.entries[b].evicted))
 		})
 	})
 	for p.t.size > p.t.max {
-		p.t.evict(p.t.oldest, now())
+		p.t.evict(p.t.oldest, at)
 	}
 	p.renew() // of the content only what was good goes on
 	p.wg.Go(p.housekeep)
 	return p, nil
 }
 
-func now() uint32 { return uint32(time.Now().Unix()) }
+// now is the time by the clock as it stood at the start, so that a quarantine
+// lasts what it should when the clock is set meanwhile (a router without a
+// battery begins in 1970).
+func (p *pool) now() uint32 {
+	return uint32(p.start.Unix() + int64(time.Since(p.start)/time.Second))
+}
 
 // index returns the index of a name, a new one if need be. What it records is
 // written by flush. The lock is held.
@@ -152,7 +162,7 @@ func (p *pool) index(name []byte) (uint32, error) {
 	if len(name) == 0 || len(name) > 255 {
 		return 0, fmt.Errorf("fakedns: a name of %d bytes", len(name))
 	}
-	at := now()
+	at := p.now()
 	if t.size >= t.max {
 		v := t.victim()
 		if v == 0 {

@@ -58,7 +58,7 @@ type Options struct {
 	DialRemote func(ctx context.Context, name string, a Asker, resolver netip.AddrPort) (net.Conn, error)
 	// Dial connects to a resolver from this host.
 	Dial      func(ctx context.Context, network, addr string) (net.Conn, error)
-	Resolvers []netip.AddrPort
+	Resolvers []netip.AddrPort      // at first; see SetResolvers
 	Own       func(netip.Addr) bool // is it an address of this host? nil: none is
 	Log       *slog.Logger          // nil: silent
 }
@@ -136,6 +136,10 @@ func (s *Server) Reset() {
 	}
 	s.fwd.forget()
 }
+
+// SetResolvers changes the resolvers, also while questions are answered. A
+// question that is under way ends with the old ones.
+func (s *Server) SetResolvers(list []netip.AddrPort) { s.fwd.setResolvers(list) }
 
 // Contains tells whether an address is of the pools.
 func (s *Server) Contains(a netip.Addr) bool { return s.pool.contains(a) }

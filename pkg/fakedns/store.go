@@ -93,11 +93,13 @@ func (t *table) load(b []byte) (good int) {
 }
 
 // requeue rebuilds the quarantine of a table that was loaded: every index
-// below fresh that no name has, by the time of its eviction.
-func (t *table) requeue(order func([]uint32)) {
+// below fresh that no name has, by the time of its eviction. One that lies in
+// the future, because the clock was wrong, becomes now.
+func (t *table) requeue(now uint32, order func([]uint32)) {
 	var idle []uint32
 	for i := uint32(1); i < t.fresh; i++ {
 		if !t.owner(i) {
+			t.entries[i].evicted = min(t.entries[i].evicted, now)
 			idle = append(idle, i)
 		}
 	}

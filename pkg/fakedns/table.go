@@ -165,12 +165,16 @@ func (t *table) compact() {
 }
 
 // victim is the name that was used longest ago and has no flow; 0: all have.
+// Names with flows that stand in the way are in use, so they go to the front
+// and are not met again.
 func (t *table) victim() uint32 {
-	i := t.oldest
-	for i != 0 && t.pins[i] > 0 {
-		i = t.entries[i].newer
+	if len(t.pins) >= t.size {
+		return 0
 	}
-	return i
+	for t.pins[t.oldest] > 0 {
+		t.touch(t.oldest)
+	}
+	return t.oldest
 }
 
 // free returns an index that can be given: one that never was, or the one
