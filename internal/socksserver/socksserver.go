@@ -4,6 +4,7 @@
 package socksserver
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -81,7 +82,7 @@ func (s *Server) serve(ctx context.Context, c net.Conn) {
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	defer c.Close()
-	target, err := s.handshake(c)
+	target, err := s.handshake(ctx, c)
 	if err != nil {
 		return
 	}
@@ -100,7 +101,7 @@ func (s *Server) serve(ctx context.Context, c net.Conn) {
 			reply = binary.BigEndian.AppendUint16(reply, ap.Port())
 		}
 	}
-	if s.answer(c, AtRequest, reply) != nil || rep != 0 {
+	if s.answer(ctx, c, AtRequest, reply) != nil || rep != 0 {
 		return
 	}
 	relay(c, server)
@@ -114,7 +115,7 @@ func addrBytes(a netip.Addr) []byte {
 }
 
 // handshake reads greeting, authentication and request.
-func (s *Server) handshake(c net.Conn) (t flow.Target, err error) {
+func (s *Server) handshake(ctx context.Context, c net.Conn) (t flow.Target, err error) {
 	b := make([]byte, 513)
 	read := func(n int) []byte {
 		if err == nil {
@@ -125,7 +126,7 @@ func (s *Server) handshake(c net.Conn) (t flow.Target, err error) {
 	if n := read(2); err == nil && n[0] != 5 {
 		return t, errors.New("socksserver: not SOCKS5")
 	}
-	read(int(b[1]))
+	offered := read(int(b[1]))
 	if err != nil {
 		return t, err
 	}
@@ -133,8 +134,14 @@ func (s *Server) handshake(c net.Conn) (t flow.Target, err error) {
 	if s.Auth != nil {
 		method = 2
 	}
-	if err := s.answer(c, AtGreeting, []byte{5, method}); err != nil {
+	if !bytes.Contains(offered, []byte{method}) {
+		method = 0xff
+	}
+	if err := s.answer(ctx, c, AtGreeting, []byte{5, method}); err != nil {
 		return t, err
+	}
+	if method == 0xff {
+		return t, errors.New("socksserver: the client does not offer the method")
 	}
 	r := Request{}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
@@ -152,12 +159,15 @@ func (s *Server) handshake(c net.Conn) (t flow.Target, err error) {
 		if s.Auth(r.User, password) {
 			status = 0
 		}
-		if err := s.answer(c, AtAuth, []byte{1, status}); err != nil || status != 0 {
+		if err := s.answer(ctx, c, AtAuth, []byte{1, status}); err != nil || status != 0 {
 			return t, errors.Join(err, errScripted)
 		}
 	}
 	head := read(4)
-	if err == nil && head[1] != 1 {
+	if err != nil {
+		return t, err
+	}
+	if head[1] != 1 {
 		c.Write([]byte{5, 7, 0, 1, 0, 0, 0, 0, 0, 0})
 		return t, errors.New("socksserver: only CONNECT")
 	}
@@ -169,6 +179,9 @@ func (s *Server) handshake(c net.Conn) (t flow.Target, err error) {
 		t.Name = string(read(int(b[0])))
 	case 4:
 		t.Addr = netip.AddrFrom16([16]byte(read(16)))
+	default:
+		c.Write([]byte{5, 8, 0, 1, 0, 0, 0, 0, 0, 0})
+		return t, errors.New("socksserver: unknown address type")
 	}
 	t.Port = binary.BigEndian.Uint16(read(2))
 	r.Target = t
@@ -179,8 +192,14 @@ func (s *Server) handshake(c net.Conn) (t flow.Target, err error) {
 }
 
 // answer sends b, or does what the script says of this stage.
-func (s *Server) answer(c net.Conn, at Stage, b []byte) error {
-	time.Sleep(s.Fault.Delay)
+func (s *Server) answer(ctx context.Context, c net.Conn, at Stage, b []byte) error {
+	if s.Fault.Delay > 0 {
+		select {
+		case <-time.After(s.Fault.Delay):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	switch at {
 	case s.Fault.Close:
 		return errScripted
