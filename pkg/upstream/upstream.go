@@ -137,6 +137,9 @@ func (p *Pool) Status(servers []*Server) []Status {
 // otherwise it names each server and its fault. If ctx ends no further server
 // is asked.
 func (p *Pool) Connect(ctx context.Context, servers []*Server, balance bool, t flow.Target) (net.Conn, *Server, error) {
+	if len(servers) == 0 {
+		return nil, nil, errors.New("upstream: no server")
+	}
 	var room [8]*Server
 	order := p.order(room[:0], servers, balance)
 	var faults []error
@@ -200,11 +203,12 @@ func (p *Pool) ask(ctx context.Context, s *Server, t flow.Target) (net.Conn, err
 		return nil, err
 	}
 	conn.SetDeadline(time.Now().Add(p.o.HandshakeTimeout))
-	if ctx.Done() != nil {
-		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-		defer stop()
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	_, err = socks.Connect(conn, t, socks.Options{Auth: s.Auth, Pipeline: s.Pipeline})
+	if !stop() {
+		err = ctx.Err() // its deadline would outlive the handshake
 	}
-	if _, err = socks.Connect(conn, t, socks.Options{Auth: s.Auth, Pipeline: s.Pipeline}); err == nil {
+	if err == nil {
 		err = conn.SetDeadline(time.Time{})
 	}
 	if err != nil {
@@ -227,9 +231,15 @@ func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
 	if err == nil && len(addrs) == 0 {
 		err = errors.New("its name has no address")
 	}
-	var conn net.Conn
-	for _, a := range addrs {
-		if conn, err = p.o.Dial(ctx, netip.AddrPortFrom(a, s.Addr.Port())); err == nil {
+	end, _ := ctx.Deadline()
+	for i, a := range addrs {
+		// An equal share of what is left, so that a silent address (IPv6 that
+		// leads nowhere) leaves time for the next.
+		share, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(len(addrs)-i))
+		var conn net.Conn
+		conn, err = p.o.Dial(share, netip.AddrPortFrom(a, s.Addr.Port()))
+		cancel()
+		if err == nil {
 			return conn, nil
 		}
 	}
@@ -294,6 +304,9 @@ const (
 // used for in practice. General failure is ambiguous: some servers send it for
 // a name that does not exist, so it moves this flow on and blames nobody.
 func judge(err error) verdict {
+	if errors.Is(err, socks.ErrTooLong) {
+		return incapable // nothing was said to it
+	}
 	var r socks.Reply
 	if !errors.As(err, &r) {
 		return fault

@@ -1,0 +1,532 @@
+package upstream
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/socks"
+)
+
+// The tests run in bubbles of testing/synctest, with pipes for sockets: the
+// clock is theirs, and whatever goroutine or connection is left behind fails
+// them.
+
+// behaviour is what a server does with who dials it.
+type behaviour func(ctx context.Context) (net.Conn, error)
+
+// lab is the network that a pool sees: a behaviour for each address. It notes
+// who was dialled.
+type lab struct {
+	hosts  map[string]behaviour
+	mu     sync.Mutex
+	dialed []string
+}
+
+func (l *lab) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	l.mu.Lock()
+	l.dialed = append(l.dialed, to.String())
+	l.mu.Unlock()
+	return l.hosts[to.String()](ctx)
+}
+
+// asked returns who was dialled since it was called last.
+func (l *lab) asked() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := strings.Join(l.dialed, " ")
+	l.dialed = nil
+	return s
+}
+
+// says answers each message of the client with one of the answers, and then
+// only listens. The answer "EOF" closes.
+func says(answers ...string) behaviour {
+	return func(context.Context) (net.Conn, error) {
+		client, server := net.Pipe()
+		go func() {
+			defer server.Close()
+			b := make([]byte, 1024)
+			for _, a := range answers {
+				if _, err := server.Read(b); err != nil || a == "EOF" {
+					return
+				}
+				io.WriteString(server, a)
+			}
+			io.Copy(io.Discard, server)
+		}()
+		return client, nil
+	}
+}
+
+func replies(rep byte) behaviour {
+	return says("\x05\x00", "\x05"+string([]byte{rep})+"\x00\x01\x00\x00\x00\x00\x00\x00")
+}
+
+func refuses(context.Context) (net.Conn, error) { return nil, syscall.ECONNREFUSED }
+
+func hangs(ctx context.Context) (net.Conn, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+var (
+	serverA = &Server{Name: "a", Addr: netip.MustParseAddrPort("10.0.0.1:1")}
+	serverB = &Server{Name: "b", Addr: netip.MustParseAddrPort("10.0.0.2:2")}
+	serverC = &Server{Name: "c", Addr: netip.MustParseAddrPort("[2001:db8::3]:3")}
+	target  = flow.Target{Name: "example.org", Port: 443}
+)
+
+const (
+	addrA = "10.0.0.1:1"
+	addrB = "10.0.0.2:2"
+	addrC = "[2001:db8::3]:3"
+)
+
+// up returns the names of the servers that are not bad.
+func up(p *Pool, servers ...*Server) string {
+	var names []string
+	for _, s := range p.Status(servers) {
+		if s.Up {
+			names = append(names, s.Name)
+		}
+	}
+	return strings.Join(names, " ")
+}
+
+// connect connects and hangs up, and returns the name of the server.
+func connect(t *testing.T, p *Pool, servers ...*Server) string {
+	t.Helper()
+	conn, s, err := p.Connect(t.Context(), servers, false, target)
+	if err != nil {
+		return err.Error()
+	}
+	conn.Close()
+	return s.Name
+}
+
+// TestConnectFailover has a first server that fails in every way and a second
+// one that works.
+func TestConnectFailover(t *testing.T) {
+	auth := &socks.Auth{Username: "alice", Password: "hunter2"}
+	tests := []struct {
+		name  string
+		a     behaviour
+		auth  *socks.Auth
+		reply socks.Reply // the flow's end; 0: b carries it
+		bad   bool        // a is asked last from now on
+		took  time.Duration
+	}{
+		{name: "refused", a: refuses, bad: true},
+		{name: "connect timeout", a: hangs, bad: true, took: 10 * time.Second},
+		{name: "silent at the greeting", a: says(), bad: true, took: 30 * time.Second},
+		{name: "silent at the request", a: says("\x05\x00"), bad: true, took: 30 * time.Second},
+		{name: "EOF at the greeting", a: says("EOF"), bad: true},
+		{name: "silent within the greeting", a: says("\x05"), bad: true, took: 30 * time.Second},
+		{name: "EOF at the request", a: says("\x05\x00", "EOF"), bad: true},
+		{name: "garbage", a: says("HTTP/1.0 400\r\n\r\n"), bad: true},
+		{name: "garbage for a reply", a: says("\x05\x00", "HTTP/1.0 400\r\n\r\n"), bad: true},
+		{name: "no method", a: says("\x05\xff"), bad: true},
+		{name: "password", auth: auth, a: says("\x05\x02", "\x01\x01"), bad: true},
+		{name: "password too long", auth: &socks.Auth{Username: "a", Password: strings.Repeat("x", 256)}, a: says()},
+		{name: "REP 1", a: replies(1)},
+		{name: "REP 2", a: replies(2), reply: socks.NotAllowed},
+		{name: "REP 3", a: replies(3), reply: socks.NetworkUnreachable},
+		{name: "REP 4", a: replies(4), reply: socks.HostUnreachable},
+		{name: "REP 5", a: replies(5), reply: socks.ConnectionRefused},
+		{name: "REP 6", a: replies(6), reply: socks.TTLExpired},
+		{name: "REP 7", a: replies(7)},
+		{name: "REP 8", a: replies(8)},
+		{name: "REP 99", a: replies(99)},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := &lab{hosts: map[string]behaviour{addrA: tt.a, addrB: replies(0)}}
+				p := New(Options{Dial: l.dial})
+				a := &Server{Name: "a", Addr: serverA.Addr, Auth: tt.auth}
+				start := time.Now()
+				conn, s, err := p.Connect(t.Context(), []*Server{a, serverB}, false, target)
+				if took := time.Since(start); took != tt.took {
+					t.Errorf("took %v, want %v", took, tt.took)
+				}
+				var reply socks.Reply
+				errors.As(err, &reply)
+				if reply != tt.reply {
+					t.Errorf("reply %v, want %v", reply, tt.reply)
+				}
+				if tt.reply != 0 {
+					if asked := l.asked(); conn != nil || s != a || asked != addrA {
+						t.Errorf("asked %s; %v", asked, err)
+					}
+				} else {
+					if asked := l.asked(); err != nil || s != serverB || asked != addrA+" "+addrB {
+						t.Fatalf("asked %s; %v", asked, err)
+					}
+					conn.Close()
+				}
+				want := []Status{
+					{Name: "a", Address: addrA, Up: !tt.bad},
+					{Name: "b", Address: addrB, Up: true},
+				}
+				if tt.bad {
+					want[0].Faults = 1
+				}
+				if tt.reply == 0 {
+					want[1].Carried = 1
+				}
+				if diff := cmp.Diff(want, p.Status([]*Server{a, serverB})); diff != "" {
+					t.Errorf("status (-want +got):\n%s", diff)
+				}
+			})
+		})
+	}
+}
+
+func TestConnectNoServer(t *testing.T) {
+	if _, _, err := New(Options{}).Connect(t.Context(), nil, false, target); err == nil {
+		t.Error("no server, no error")
+	}
+}
+
+// TestConnectCarries uses a connection for longer than the time limits.
+func TestConnectCarries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: says("\x05\x00", "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00220 hello", "bye")}}
+		p := New(Options{Dial: l.dial})
+		ctx, cancel := context.WithCancel(t.Context())
+		conn, _, err := p.Connect(ctx, []*Server{serverA}, false, target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		cancel() // it bounds the connecting only
+		time.Sleep(time.Hour)
+		b := make([]byte, 64)
+		if n, err := conn.Read(b); string(b[:n]) != "220 hello" {
+			t.Errorf("%q, %v", b[:n], err)
+		}
+		io.WriteString(conn, "quit")
+		if n, err := conn.Read(b); string(b[:n]) != "bye" {
+			t.Errorf("%q, %v", b[:n], err)
+		}
+	})
+}
+
+// TestHealth lets time pass and looks at who is asked, in which order.
+func TestHealth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: refuses, addrB: replies(0), addrC: replies(0)}}
+		var log bytes.Buffer
+		p := New(Options{Dial: l.dial, MaxFail: 2, BadExpire: time.Minute, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		step := func(what string, a behaviour, wantAsked, wantUp string) {
+			t.Helper()
+			if a != nil {
+				l.hosts[addrA] = a
+			}
+			again := *serverA // as after a reload
+			connect(t, p, &again, serverB, serverC)
+			if got := l.asked(); got != wantAsked {
+				t.Errorf("%s: asked %s, want %s", what, got, wantAsked)
+			}
+			if got := up(p, &again, serverB, serverC); got != wantUp {
+				t.Errorf("%s: up: %s, want %s", what, got, wantUp)
+			}
+		}
+		step("first fault", nil, addrA+" "+addrB, "a b c")
+		step("success between", replies(0), addrA, "a b c")
+		step("first fault again", refuses, addrA+" "+addrB, "a b c")
+		step("general failure between", replies(1), addrA+" "+addrB, "a b c")
+		step("first fault again", refuses, addrA+" "+addrB, "a b c")
+		step("destination's refusal between", replies(5), addrA, "a b c")
+		step("first fault again", refuses, addrA+" "+addrB, "a b c")
+		step("second fault in a row", nil, addrA+" "+addrB, "b c")
+		step("bad", nil, addrB, "b c")
+		time.Sleep(time.Minute - 1)
+		step("bad to the end", nil, addrB, "b c")
+		time.Sleep(1)
+		step("expired, one more fault", nil, addrA+" "+addrB, "b c")
+		step("bad again", nil, addrB, "b c")
+		time.Sleep(time.Minute)
+		step("expired, back", replies(0), addrA, "a b c")
+
+		l.hosts[addrA], l.hosts[addrB], l.hosts[addrC] = refuses, refuses, refuses
+		all := addrA + " " + addrB + " " + addrC
+		step("all fail", nil, all, "a b c")
+		step("all fail again", nil, all, "")
+		step("all bad: still asked, in order", nil, all, "")
+		l.hosts[addrB] = replies(1)
+		step("general failure while bad", nil, all, "b")
+		step("the good one first", nil, addrB+" "+addrA+" "+addrC, "b")
+
+		for line, want := range map[string]int{"asked last": 4, "is back": 2} {
+			if got := strings.Count(log.String(), line); got != want {
+				t.Errorf("%d lines %q, want %d:\n%s", got, line, want, &log)
+			}
+		}
+	})
+}
+
+func TestBalance(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: replies(0), addrB: replies(0), addrC: replies(0)}}
+		p := New(Options{Dial: l.dial, Rand: rand.New(rand.NewPCG(1, 2)).IntN})
+		servers := []*Server{serverA, serverB, serverC}
+		const rounds = 600
+		share := map[string]int{}
+		for range rounds {
+			conn, s, err := p.Connect(t.Context(), servers, true, target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+			share[s.Name]++
+		}
+		for _, s := range servers {
+			if n := share[s.Name]; n < rounds/3*8/10 || n > rounds/3*12/10 {
+				t.Errorf("%s carries %d of %d flows", s.Name, n, rounds)
+			}
+		}
+
+		orders := map[string]int{}
+		order := func() (names string) {
+			for _, s := range p.order(nil, servers, true) {
+				names += s.Name
+			}
+			return names
+		}
+		for range rounds {
+			orders[order()]++
+		}
+		for _, names := range []string{"abc", "acb", "bac", "bca", "cab", "cba"} {
+			if n := orders[names]; n < rounds/6*6/10 || n > rounds/6*14/10 {
+				t.Errorf("order %s came %d times of %d", names, n, rounds)
+			}
+		}
+		if servers[0] != serverA || servers[1] != serverB || servers[2] != serverC {
+			t.Error("the caller's list was shuffled")
+		}
+
+		p.bad(serverA, syscall.ECONNREFUSED)
+		for range 100 {
+			if names := order(); names[2] != 'a' {
+				t.Fatalf("a is bad, yet the order is %s", names)
+			}
+		}
+	})
+}
+
+func TestTimeLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: hangs, addrB: says("\x05\x00")}}
+		p := New(Options{Dial: l.dial, ConnectTimeout: 2 * time.Second, HandshakeTimeout: 3 * time.Second})
+		start := time.Now()
+		_, _, err := p.Connect(t.Context(), []*Server{serverA, serverB}, false, target)
+		if took := time.Since(start); took != 5*time.Second {
+			t.Errorf("took %v", took)
+		}
+		want := "upstream: a (10.0.0.1:1): context deadline exceeded\nupstream: b (10.0.0.2:2): read pipe: i/o timeout"
+		if err == nil || err.Error() != want {
+			t.Errorf("%v", err)
+		}
+		if names := up(p, serverA, serverB); names != "" {
+			t.Errorf("up: %s", names)
+		}
+	})
+}
+
+// cancelling cancels when it was read from n times.
+type cancelling struct {
+	net.Conn
+	n      int
+	cancel context.CancelFunc
+}
+
+func (c *cancelling) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if c.n--; c.n == 0 {
+		c.cancel()
+	}
+	return n, err
+}
+
+// TestCancelled ends the context at every point: nobody else is asked, nobody
+// is blamed, and nothing is left open.
+func TestCancelled(t *testing.T) {
+	soon := time.Second
+	tests := []struct {
+		name  string
+		after time.Duration // of the context
+		reads int           // cancelled after that many instead
+		a     behaviour
+	}{
+		{name: "from the start", a: hangs},
+		{name: "while connecting", after: soon, a: hangs},
+		{name: "at the greeting", after: soon, a: says()},
+		{name: "at the request", after: soon, a: says("\x05\x00")},
+		{name: "with the reply", after: soon, reads: 3, a: replies(0)},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				if tt.after == 0 {
+					cancel()
+				} else {
+					time.AfterFunc(tt.after, cancel)
+				}
+				l := &lab{hosts: map[string]behaviour{addrB: replies(0), addrA: func(ctx context.Context) (net.Conn, error) {
+					conn, err := tt.a(ctx)
+					if err != nil || tt.reads == 0 {
+						return conn, err
+					}
+					return &cancelling{conn, tt.reads, cancel}, nil
+				}}}
+				p := New(Options{Dial: l.dial})
+				start := time.Now()
+				conn, _, err := p.Connect(ctx, []*Server{serverA, serverB}, false, target)
+				if !errors.Is(err, context.Canceled) || conn != nil {
+					t.Errorf("%v, %v", conn, err)
+				}
+				if took := time.Since(start); took > tt.after {
+					t.Errorf("took %v", took)
+				}
+				if asked := l.asked(); asked != addrA {
+					t.Errorf("asked %s", asked)
+				}
+				if names := up(p, serverA, serverB); names != "a b" {
+					t.Errorf("up: %s", names)
+				}
+			})
+		})
+	}
+}
+
+func TestErrors(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: refuses, addrB: replies(1), addrC: says("\x05\x02", "\x01\x01")}}
+		p := New(Options{Dial: l.dial})
+		c := &Server{Name: "c", Addr: serverC.Addr, Auth: &socks.Auth{Username: "alice", Password: "hunter2"}}
+		_, _, err := p.Connect(t.Context(), []*Server{serverA, serverB, c, {Name: "d", Host: "proxy.test", Addr: netip.MustParseAddrPort("0.0.0.0:4")}}, false, target)
+		want := "upstream: a (10.0.0.1:1): connection refused\n" +
+			"upstream: b (10.0.0.2:2): general SOCKS server failure\n" +
+			"upstream: c ([2001:db8::3]:3): the server refuses the user name or password\n" +
+			"upstream: d (proxy.test:4): no way to resolve its name"
+		if err == nil || err.Error() != want {
+			t.Fatalf("got\n%v\nwant\n%s", err, want)
+		}
+		var reply socks.Reply
+		if !errors.As(err, &reply) || reply != socks.GeneralFailure {
+			t.Errorf("reply %v", reply)
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) || !errors.Is(err, socks.ErrAuth) {
+			t.Errorf("%v lacks a cause", err)
+		}
+		var one *ServerError
+		if !errors.As(err, &one) || one.Server != serverA {
+			t.Errorf("%v", one)
+		}
+		if shown := fmt.Sprintf("%v %+v %#v %+v", err, err, err, c); strings.Contains(shown, "alice") || strings.Contains(shown, "hunter2") {
+			t.Errorf("a secret is shown: %s", shown)
+		}
+	})
+}
+
+// TestResolve reaches a server by its name.
+func TestResolve(t *testing.T) {
+	addrs := func(list ...string) func(context.Context, string) ([]netip.Addr, error) {
+		return func(_ context.Context, host string) (l []netip.Addr, err error) {
+			if host != "proxy.test" {
+				return nil, fmt.Errorf("asked for %s", host)
+			}
+			for _, a := range list {
+				l = append(l, netip.MustParseAddr(a))
+			}
+			return l, nil
+		}
+	}
+	tests := []struct {
+		name    string
+		resolve func(context.Context, string) ([]netip.Addr, error)
+		asked   string
+		want    string // the server, or its error
+		took    time.Duration
+	}{
+		{"first address", addrs("10.0.0.9", "2001:db8::9"), "10.0.0.9:1080", "s", 0},
+		{"first address refuses", addrs("10.0.0.1", "10.0.0.9"), "10.0.0.1:1080 10.0.0.9:1080", "s", 0},
+		{"first address is silent", addrs("2001:db8::9", "10.0.0.9"), "[2001:db8::9]:1080 10.0.0.9:1080", "s", 5 * time.Second},
+		{
+			"all addresses are silent", addrs("2001:db8::9", "2001:db8::9"), "[2001:db8::9]:1080 [2001:db8::9]:1080",
+			"upstream: s (proxy.test:1080): context deadline exceeded", 10 * time.Second,
+		},
+		{"no address", addrs(), "", "upstream: s (proxy.test:1080): its name has no address", 0},
+		{
+			"no such name", func(context.Context, string) ([]netip.Addr, error) { return nil, errors.New("no such host") }, "",
+			"upstream: s (proxy.test:1080): no such host", 0,
+		},
+		{
+			"silent resolver", func(ctx context.Context, _ string) ([]netip.Addr, error) { <-ctx.Done(); return nil, ctx.Err() }, "",
+			"upstream: s (proxy.test:1080): context deadline exceeded", 10 * time.Second,
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := &lab{hosts: map[string]behaviour{"10.0.0.9:1080": replies(0), "10.0.0.1:1080": refuses, "[2001:db8::9]:1080": hangs}}
+				p := New(Options{Dial: l.dial, Resolve: tt.resolve})
+				s := &Server{Name: "s", Host: "proxy.test", Addr: netip.AddrPortFrom(netip.Addr{}, 1080)}
+				start := time.Now()
+				got := connect(t, p, s)
+				if asked := l.asked(); got != tt.want || asked != tt.asked {
+					t.Errorf("asked %q: %s\nwant  %q: %s", asked, got, tt.asked, tt.want)
+				}
+				if took := time.Since(start); took != tt.took {
+					t.Errorf("took %v, want %v", took, tt.took)
+				}
+				if isUp := up(p, s) == "s"; isUp != (tt.want == "s") {
+					t.Errorf("up: %v", isUp)
+				}
+			})
+		})
+	}
+}
+
+// TestConnectTogether has many flows at once fail over, for the race detector.
+func TestConnectTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: refuses, addrB: replies(0), addrC: says("EOF")}}
+		p := New(Options{Dial: l.dial})
+		const flows = 50
+		var wg sync.WaitGroup
+		for i := range flows {
+			wg.Go(func() {
+				conn, s, err := p.Connect(t.Context(), []*Server{serverA, serverC, serverB}, i%2 == 0, target)
+				if err != nil || s != serverB {
+					t.Errorf("%v, %v", s, err)
+					return
+				}
+				conn.Close()
+			})
+		}
+		wg.Wait()
+		if got := p.Status([]*Server{serverB})[0]; got.Carried != flows || got.Faults != 0 {
+			t.Errorf("%+v", got)
+		}
+	})
+}
