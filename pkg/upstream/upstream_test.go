@@ -270,9 +270,9 @@ func TestHealth(t *testing.T) {
 		step("all fail", nil, all, "a b c")
 		step("all fail again", nil, all, "")
 		step("all bad: still asked, in order", nil, all, "")
-		l.hosts[addrB] = replies(1)
-		step("general failure while bad", nil, all, "b")
-		step("the good one first", nil, addrB+" "+addrA+" "+addrC, "b")
+		l.hosts[addrC] = replies(1)
+		step("general failure while bad", nil, all, "c")
+		step("the good one first, the bad ones in order", nil, addrC+" "+addrA+" "+addrB, "c")
 
 		for line, want := range map[string]int{"asked last": 4, "is back": 2} {
 			if got := strings.Count(log.String(), line); got != want {
