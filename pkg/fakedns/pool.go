@@ -6,6 +6,9 @@
 // bounded and gives up the names that were used longest ago, never one that a
 // flow lives on, and gives their addresses to nobody else for a time; and that
 // no question about a proxied name goes out by a way that was not decided.
+//
+// When the file cannot be written, answers go on, the log and [PoolStats] say
+// so, and all is written as soon as it can be.
 package fakedns
 
 import (
@@ -291,8 +294,8 @@ func (p *pool) housekeep() {
 	}
 }
 
-// renew writes the file anew while answers go on. Only openPool and housekeep
-// call it, never at the same time.
+// renew writes the file anew while answers go on. Only openPool, housekeep and
+// close call it, never at the same time.
 func (p *pool) renew() {
 	p.mu.Lock()
 	log := p.t.dump()
@@ -321,9 +324,9 @@ func (p *pool) renew() {
 func (p *pool) close() error {
 	close(p.done)
 	p.wg.Wait()
+	p.renew() // the log knows nothing of the order of last use, this does
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.flush()
 	return p.s.close()
 }
 

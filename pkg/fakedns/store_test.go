@@ -1,0 +1,601 @@
+package fakedns
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/miekg/dns"
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"golang.org/x/sys/unix"
+)
+
+// written returns the names and indexes that stand in a directory's file, as
+// another process would find them at this moment.
+func written(t testing.TB, dir string) map[string]uint32 {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(dir, logName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rest, ok := bytes.CutPrefix(b, []byte(logHeader))
+	if !ok {
+		t.Fatalf("the file begins with %q", b[:min(len(b), 20)])
+	}
+	tab := newTable(maxIndex, 1<<20)
+	if good := tab.load(rest); good != len(rest) {
+		t.Fatalf("%d of %d bytes are good", good, len(rest))
+	}
+	return names(tab)
+}
+
+func names(tab *table) map[string]uint32 {
+	m := map[string]uint32{}
+	for i := tab.oldest; i != 0; i = tab.entries[i].newer {
+		m[string(tab.name(i))] = i
+	}
+	return m
+}
+
+// putLog makes a directory whose file says log.
+func putLog(t testing.TB, log []byte) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, logName), log, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// reopen returns what a pool makes of a directory, and closes it.
+func reopen(t testing.TB, dir string) map[string]uint32 {
+	t.Helper()
+	p, err := openPool(&Options{Dir: dir, Pool4: pool4, Quarantine: time.Hour, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(t, p.t)
+	m := names(p.t)
+	if err := p.close(); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func TestStoreReopen(t *testing.T) {
+	dir := t.TempDir()
+	o := Options{Dir: dir, Pool4: pool4, Pool6: pool6, Max: 50, Quarantine: time.Hour, Log: slog.New(slog.DiscardHandler)}
+	p, err := openPool(&o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var evicted []netip.Addr
+	for i := range 60 {
+		a := addr4(p, fmt.Sprintf("host%d.example", i))
+		if i < 10 {
+			evicted = append(evicted, a)
+		}
+	}
+	addr4(p, "host10.example") // the last one used
+	want := names(p.t)
+	if got := written(t, dir); !cmp.Equal(got, want) {
+		t.Fatal(cmp.Diff(got, want))
+	}
+	if err := p.close(); err != nil {
+		t.Fatal(err)
+	}
+
+	p = newPool(t, o)
+	check(t, p.t)
+	if got := names(p.t); !cmp.Equal(got, want) {
+		t.Fatal(cmp.Diff(got, want))
+	}
+	for i := range 10 {
+		a := addr4(p, fmt.Sprintf("new%d.example", i))
+		for _, b := range evicted {
+			if a == b {
+				t.Errorf("%v was given again though in quarantine before the restart", a)
+			}
+		}
+	}
+	if p.t.find([]byte("host10.example")) == 0 || p.t.find([]byte("host11.example")) != 0 {
+		t.Error("the order of last use did not survive")
+	}
+}
+
+func TestStoreSmallerAfterwards(t *testing.T) {
+	dir := t.TempDir()
+	o := Options{Dir: dir, Pool4: pool4, Log: slog.New(slog.DiscardHandler)}
+	p, err := openPool(&o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 {
+		addr4(p, fmt.Sprint("host", i))
+	}
+	if err := p.close(); err != nil {
+		t.Fatal(err)
+	}
+	o.Pool4, o.Max = netip.MustParsePrefix("198.18.0.0/26"), 10
+	p = newPool(t, o)
+	check(t, p.t)
+	if p.t.size != 10 || addr4(p, "host61").String() != "198.18.0.62" {
+		t.Errorf("%d names, host61 has %v", p.t.size, addr4(p, "host61"))
+	}
+}
+
+func sample() (log []byte, want map[string]uint32) {
+	log, want = []byte(logHeader), map[string]uint32{}
+	for i := range uint32(5) {
+		name := fmt.Sprintf("host%d.example", i)
+		log = appendRecord(log, recordGiven, i+1, 0, []byte(name))
+		want[name] = i + 1
+	}
+	return log, want
+}
+
+func TestStoreTruncated(t *testing.T) {
+	log, want := sample()
+	if got := reopen(t, putLog(t, log)); !cmp.Equal(got, want) {
+		t.Fatal(cmp.Diff(got, want))
+	}
+	delete(want, "host4.example")
+	const last = recordHead + len("host4.example") + recordTail
+	for cut := 1; cut <= last; cut++ {
+		dir := putLog(t, log[:len(log)-cut])
+		if got := reopen(t, dir); !cmp.Equal(got, want) {
+			t.Fatalf("%d bytes off: %s", cut, cmp.Diff(got, want))
+		}
+		if got := written(t, dir); !cmp.Equal(got, want) { // the bad end is gone from the file too
+			t.Fatalf("%d bytes off: %s", cut, cmp.Diff(got, want))
+		}
+	}
+}
+
+func TestStoreFlippedByte(t *testing.T) {
+	log, _ := sample()
+	record := (len(log) - len(logHeader)) / 5
+	for at := range log {
+		bad := bytes.Clone(log)
+		bad[at] ^= 0x55
+		dir := putLog(t, bad)
+		got := reopen(t, dir)
+		if at < len(logHeader) {
+			if _, err := os.Stat(filepath.Join(dir, logName+".bad")); err != nil || len(got) != 0 {
+				t.Errorf("byte %d: %v, %v; want the file put aside", at, got, err)
+			}
+			continue
+		}
+		if want := (at - len(logHeader)) / record; len(got) != want {
+			t.Errorf("byte %d: %d names, want the %d before it", at, len(got), want)
+		}
+	}
+}
+
+func TestStoreStrangeFiles(t *testing.T) {
+	log, want := sample()
+	none := map[string]uint32{}
+	tests := []struct {
+		name string
+		make func(path string) error
+		want map[string]uint32
+	}{
+		{"none", func(string) error { return nil }, none},
+		{"empty", func(p string) error { return os.WriteFile(p, nil, 0o600) }, none},
+		{"header only", func(p string) error { return os.WriteFile(p, []byte(logHeader), 0o600) }, none},
+		{"something else", func(p string) error { return os.WriteFile(p, bytes.Repeat([]byte("x"), 9999), 0o600) }, none},
+		{"a directory", func(p string) error { return os.Mkdir(p, 0o700) }, none},
+		{"a renewal that a crash cut", func(p string) error {
+			return errors.Join(os.WriteFile(p, log, 0o600), os.WriteFile(p+".new", log[:40], 0o600))
+		}, want},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := tt.make(filepath.Join(dir, logName)); err != nil {
+				t.Fatal(err)
+			}
+			if got := reopen(t, dir); !cmp.Equal(got, tt.want) {
+				t.Error(cmp.Diff(got, tt.want))
+			}
+			if got := written(t, dir); !cmp.Equal(got, tt.want) {
+				t.Error(cmp.Diff(got, tt.want))
+			}
+		})
+	}
+}
+
+func TestStoreInUse(t *testing.T) {
+	dir := t.TempDir()
+	o := Options{Dir: dir, Pool4: pool4}
+	s, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if other, err := New(o); err == nil {
+		other.Close()
+		t.Error("two servers on one directory")
+	} else if !strings.Contains(err.Error(), "in use") {
+		t.Error(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = New(o); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	if s, err := New(Options{Dir: filepath.Join(dir, logName, "below"), Pool4: pool4}); err == nil {
+		s.Close()
+		t.Error("opened a directory below a file")
+	}
+}
+
+// Each step of a renewal is a moment at which the process may end; the file
+// that a new process finds must hold every name that was given until then.
+func TestStoreRenewal(t *testing.T) {
+	dir := t.TempDir()
+	p := newPool(t, Options{Dir: dir, Pool4: pool4, Max: 100})
+	given := 0
+	give := func() {
+		for range 30 {
+			addr4(p, fmt.Sprintf("host%d.example", given))
+			given++
+		}
+	}
+	intact := func(when string) {
+		t.Helper()
+		if got, want := written(t, dir), names(p.t); !cmp.Equal(got, want) {
+			t.Fatalf("%s: %s", when, cmp.Diff(got, want))
+		}
+	}
+	give()
+	intact("before")
+	log := p.t.dump()
+	p.since = []byte{}
+	give()
+	intact("after the dump")
+	f, err := p.s.writeAnew(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	give() // some of the first go
+	intact("after the write")
+	give()
+	if err := p.s.adopt(f, len(log), p.since); err != nil {
+		t.Fatal(err)
+	}
+	p.since = nil
+	intact("after the rename")
+	give()
+	intact("in the new file")
+}
+
+// The file must not grow without end, and renewals go on beside answers.
+func TestStoreStaysSmall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		p := newPool(t, Options{Dir: dir, Pool4: pool4, Max: 100})
+		for i := range 120_000 {
+			addr4(p, fmt.Sprintf("host%d.example", i))
+			if i%10_000 == 0 {
+				time.Sleep(2 * time.Second) // housekeeping has its turn
+			}
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if st, err := os.Stat(filepath.Join(dir, logName)); err != nil || st.Size() > 8<<20 {
+			t.Errorf("%v, %v", st.Size(), err)
+		}
+		if got, want := written(t, dir), names(p.t); !cmp.Equal(got, want) {
+			t.Error(cmp.Diff(got, want))
+		}
+	})
+}
+
+func TestStoreFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		p, err := openPool(&Options{Dir: dir, Pool4: pool4, Quarantine: time.Hour, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		addr4(p, "before.example")
+		filler := filepath.Join(dir, "filler")
+		fill, err := os.Create(filler)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(fill, zeros{}); !errors.Is(err, unix.ENOSPC) {
+			t.Fatalf("the disk is not full: %v", err)
+		}
+		fill.Close()
+		// Service goes on, with the error in the log once and in the status.
+		for i := range 500 {
+			if !addr4(p, fmt.Sprintf("host%d.example", i)).IsValid() {
+				t.Fatalf("no address for name %d", i)
+			}
+		}
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if s := p.status(); s.StoreErrors == 0 || !strings.Contains(s.StoreError, "no space") || strings.Count(log.String(), "level=ERROR") != 1 {
+			t.Errorf("%+v, log %q", s, log.String())
+		}
+		// What was there before is still whole but for its end.
+		b, err := os.ReadFile(filepath.Join(dir, logName))
+		if err != nil || !bytes.Contains(b, []byte("before.example")) {
+			t.Errorf("%d bytes, %v", len(b), err)
+		}
+		// Room again: everything is written, by itself.
+		if err := os.Remove(filler); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if s := p.status(); s.StoreError != "" || !strings.Contains(log.String(), "again") {
+			t.Errorf("%+v, log %q", s, log.String())
+		}
+		if got, want := written(t, dir), names(p.t); len(want) != 501 || !cmp.Equal(got, want) {
+			t.Error(cmp.Diff(got, want))
+		}
+		addr4(p, "after.example")
+		if written(t, dir)["after.example"] == 0 {
+			t.Error("after.example is not on file")
+		}
+		if err := p.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	// Full from the beginning, with a file that is good.
+	if err := os.WriteFile(filepath.Join(dir, "filler"), make([]byte, 200<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "filler"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.Copy(f, zeros{})
+	f.Close()
+	p, err := openPool(&Options{Dir: dir, Pool4: pool4, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.t.size != 502 || !addr4(p, "more.example").IsValid() {
+		t.Errorf("%d names of a good file on a full disk", p.t.size)
+	}
+	if err := p.close(); err == nil {
+		t.Error("close says that everything is on disk")
+	}
+	if got := written(t, dir); len(got) != 502 {
+		t.Errorf("%d names left in the file", len(got))
+	}
+}
+
+// A directory that is read-only is like a full disk.
+func TestStoreReadOnly(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_RDONLY, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	s, err := New(Options{Dir: dir, Pool4: pool4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !addr4(s.pool, "host.example").IsValid() || !strings.Contains(s.Stats().Pool.StoreError, "read-only") {
+		t.Errorf("%+v", s.Stats().Pool)
+	}
+	if err := s.Close(); err == nil {
+		t.Error("close says that everything is on disk")
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
+
+// packets is a PacketConn on a plain UDP socket.
+type packets struct{ *net.UDPConn }
+
+func listen(t testing.TB) packets {
+	t.Helper()
+	c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return packets{c}
+}
+
+func (p packets) addr() netip.AddrPort { return p.LocalAddr().(*net.UDPAddr).AddrPort() }
+
+func (p packets) ReadBatch(ds []flow.Datagram) (int, error) {
+	n, src, err := p.ReadFromUDPAddrPort(ds[0].Data)
+	if err != nil {
+		return 0, err
+	}
+	ds[0].Data, ds[0].Src, ds[0].Dst = ds[0].Data[:n], src, p.addr()
+	return 1, nil
+}
+
+func (p packets) WriteBatch(ds []flow.Datagram) (int, error) {
+	for _, d := range ds {
+		p.WriteToUDPAddrPort(d.Data, d.Dst)
+	}
+	return len(ds), nil
+}
+
+// checked is a PacketConn that looks into the file before each answer.
+type checked struct {
+	t    *testing.T
+	dir  string
+	in   [][]flow.Datagram
+	sent int
+}
+
+func (c *checked) ReadBatch(ds []flow.Datagram) (int, error) {
+	if len(c.in) == 0 {
+		return 0, net.ErrClosed
+	}
+	n := copy(ds, c.in[0])
+	c.in = c.in[1:]
+	return n, nil
+}
+
+func (c *checked) WriteBatch(ds []flow.Datagram) (int, error) {
+	on := written(c.t, c.dir)
+	for _, d := range ds {
+		m := new(dns.Msg)
+		if err := m.Unpack(d.Data); err != nil {
+			c.t.Error(err)
+			continue
+		}
+		c.sent++
+		name := strings.TrimSuffix(m.Question[0].Name, ".")
+		if a := m.Answer[0].(*dns.A).A.String(); on[name] == 0 || (prefix{pool4}).addr(on[name]).String() != a {
+			c.t.Errorf("%s was answered with %s; the file has index %d", name, a, on[name])
+		}
+	}
+	return len(ds), nil
+}
+
+func (c *checked) Close() error { return nil }
+
+func TestStoreBeforeAnswer(t *testing.T) {
+	dir := t.TempDir()
+	s, err := New(Options{Dir: dir, Pool4: pool4, Decide: func(string, Asker) (Verdict, bool) { return Synthetic, true }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	c := &checked{t: t, dir: dir}
+	for i := range 8 {
+		var batch []flow.Datagram
+		for j := range 40 {
+			m := new(dns.Msg).SetQuestion(fmt.Sprintf("host%d-%d.example.", i, j), dns.TypeA)
+			if j == 20 {
+				m.SetQuestion(fmt.Sprintf("slow\\ host%d.example.", i), dns.TypeA) // the slow way
+			}
+			b, err := m.Pack()
+			if err != nil {
+				t.Fatal(err)
+			}
+			batch = append(batch, flow.Datagram{Data: b})
+		}
+		c.in = append(c.in, batch)
+	}
+	if err := s.ServeUDP(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	if c.sent != 320 {
+		t.Errorf("%d answers, want 320", c.sent)
+	}
+}
+
+const (
+	childEnv  = "TPROXYD_TEST_FAKEDNS_CHILD" // a directory to serve from
+	killNames = 10_000
+)
+
+// TestStoreKill kills a process that has just given many addresses.
+func TestStoreKill(t *testing.T) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		serveChild(t, dir)
+		return
+	}
+	dir := t.TempDir()
+	cmd := exec.Command(os.Args[0], "-test.run=^TestStoreKill$")
+	cmd.Env = append(os.Environ(), childEnv+"="+dir)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	kill := sync.OnceFunc(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	defer kill()
+	var addr string
+	if _, err := fmt.Fscanln(out, &addr); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("udp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+
+	answers := make(map[string]uint32, killNames)
+	in := make([]byte, 512)
+	for i := 0; i < killNames; {
+		const window = 50 // questions on the way
+		for j := range window {
+			b, err := new(dns.Msg).SetQuestion("host"+strconv.Itoa(i+j)+".example.", dns.TypeA).Pack()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := conn.Write(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range window {
+			n, err := conn.Read(in)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := new(dns.Msg)
+			if err := m.Unpack(in[:n]); err != nil || len(m.Answer) != 1 {
+				t.Fatalf("%v\n%v", err, m)
+			}
+			a, _ := netip.AddrFromSlice(m.Answer[0].(*dns.A).A)
+			answers[strings.TrimSuffix(m.Question[0].Name, ".")] = (prefix{pool4}).index(a)
+		}
+		i += window
+	}
+	kill()
+	if got := reopen(t, dir); len(got) != killNames || !cmp.Equal(got, answers) {
+		t.Errorf("%d names after the kill: %s", len(got), cmp.Diff(got, answers))
+	}
+}
+
+func serveChild(t *testing.T, dir string) {
+	s, err := New(Options{Dir: dir, Pool4: pool4, Decide: func(string, Asker) (Verdict, bool) { return Synthetic, true }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := listen(t)
+	fmt.Println(c.addr())
+	s.ServeUDP(context.Background(), c)
+}
