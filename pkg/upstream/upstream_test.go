@@ -1,17 +1,13 @@
 package upstream
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -19,106 +15,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/tproxyd/tproxyd/pkg/flow"
 	"github.com/tproxyd/tproxyd/pkg/socks"
 )
-
-// The tests run in bubbles of testing/synctest, with pipes for sockets: the
-// clock is theirs, and whatever goroutine or connection is left behind fails
-// them.
-
-// behaviour is what a server does with who dials it.
-type behaviour func(ctx context.Context) (net.Conn, error)
-
-// lab is the network that a pool sees: a behaviour for each address. It notes
-// who was dialled.
-type lab struct {
-	hosts  map[string]behaviour
-	mu     sync.Mutex
-	dialed []string
-}
-
-func (l *lab) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-	l.mu.Lock()
-	l.dialed = append(l.dialed, to.String())
-	l.mu.Unlock()
-	return l.hosts[to.String()](ctx)
-}
-
-// asked returns who was dialled since it was called last.
-func (l *lab) asked() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	s := strings.Join(l.dialed, " ")
-	l.dialed = nil
-	return s
-}
-
-// says answers each message of the client with one of the answers, and then
-// only listens. The answer "EOF" closes.
-func says(answers ...string) behaviour {
-	return func(context.Context) (net.Conn, error) {
-		client, server := net.Pipe()
-		go func() {
-			defer server.Close()
-			b := make([]byte, 1024)
-			for _, a := range answers {
-				if _, err := server.Read(b); err != nil || a == "EOF" {
-					return
-				}
-				io.WriteString(server, a)
-			}
-			io.Copy(io.Discard, server)
-		}()
-		return client, nil
-	}
-}
-
-func replies(rep byte) behaviour {
-	return says("\x05\x00", "\x05"+string([]byte{rep})+"\x00\x01\x00\x00\x00\x00\x00\x00")
-}
-
-func refuses(context.Context) (net.Conn, error) { return nil, syscall.ECONNREFUSED }
-
-func hangs(ctx context.Context) (net.Conn, error) {
-	<-ctx.Done()
-	return nil, ctx.Err()
-}
-
-var (
-	serverA = &Server{Name: "a", Addr: netip.MustParseAddrPort("10.0.0.1:1")}
-	serverB = &Server{Name: "b", Addr: netip.MustParseAddrPort("10.0.0.2:2")}
-	serverC = &Server{Name: "c", Addr: netip.MustParseAddrPort("[2001:db8::3]:3")}
-	target  = flow.Target{Name: "example.org", Port: 443}
-)
-
-const (
-	addrA = "10.0.0.1:1"
-	addrB = "10.0.0.2:2"
-	addrC = "[2001:db8::3]:3"
-)
-
-// up returns the names of the servers that are not bad.
-func up(p *Pool, servers ...*Server) string {
-	var names []string
-	for _, s := range p.Status(servers) {
-		if s.Up {
-			names = append(names, s.Name)
-		}
-	}
-	return strings.Join(names, " ")
-}
-
-// connect connects and hangs up, and returns the name of the server.
-func connect(t *testing.T, p *Pool, servers ...*Server) string {
-	t.Helper()
-	conn, s, err := p.Connect(t.Context(), servers, false, target)
-	if err != nil {
-		return err.Error()
-	}
-	conn.Close()
-	return s.Name
-}
 
 // TestConnectFailover has a first server that fails in every way and a second
 // one that works.
@@ -224,109 +122,6 @@ func TestConnectCarries(t *testing.T) {
 		io.WriteString(conn, "quit")
 		if n, err := conn.Read(b); string(b[:n]) != "bye" {
 			t.Errorf("%q, %v", b[:n], err)
-		}
-	})
-}
-
-// TestHealth lets time pass and looks at who is asked, in which order.
-func TestHealth(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := &lab{hosts: map[string]behaviour{addrA: refuses, addrB: replies(0), addrC: replies(0)}}
-		var log bytes.Buffer
-		p := New(Options{Dial: l.dial, MaxFail: 2, BadExpire: time.Minute, Log: slog.New(slog.NewTextHandler(&log, nil))})
-		step := func(what string, a behaviour, wantAsked, wantUp string) {
-			t.Helper()
-			if a != nil {
-				l.hosts[addrA] = a
-			}
-			again := *serverA // as after a reload
-			connect(t, p, &again, serverB, serverC)
-			if got := l.asked(); got != wantAsked {
-				t.Errorf("%s: asked %s, want %s", what, got, wantAsked)
-			}
-			if got := up(p, &again, serverB, serverC); got != wantUp {
-				t.Errorf("%s: up: %s, want %s", what, got, wantUp)
-			}
-		}
-		step("first fault", nil, addrA+" "+addrB, "a b c")
-		step("success between", replies(0), addrA, "a b c")
-		step("first fault again", refuses, addrA+" "+addrB, "a b c")
-		step("general failure between", replies(1), addrA+" "+addrB, "a b c")
-		step("first fault again", refuses, addrA+" "+addrB, "a b c")
-		step("destination's refusal between", replies(5), addrA, "a b c")
-		step("first fault again", refuses, addrA+" "+addrB, "a b c")
-		step("second fault in a row", nil, addrA+" "+addrB, "b c")
-		step("bad", nil, addrB, "b c")
-		time.Sleep(time.Minute - 1)
-		step("bad to the end", nil, addrB, "b c")
-		time.Sleep(1)
-		step("expired, one more fault", nil, addrA+" "+addrB, "b c")
-		step("bad again", nil, addrB, "b c")
-		time.Sleep(time.Minute)
-		step("expired, back", replies(0), addrA, "a b c")
-
-		l.hosts[addrA], l.hosts[addrB], l.hosts[addrC] = refuses, refuses, refuses
-		all := addrA + " " + addrB + " " + addrC
-		step("all fail", nil, all, "a b c")
-		step("all fail again", nil, all, "")
-		step("all bad: still asked, in order", nil, all, "")
-		l.hosts[addrC] = replies(1)
-		step("general failure while bad", nil, all, "c")
-		step("the good one first, the bad ones in order", nil, addrC+" "+addrA+" "+addrB, "c")
-
-		for line, want := range map[string]int{"asked last": 4, "is back": 2} {
-			if got := strings.Count(log.String(), line); got != want {
-				t.Errorf("%d lines %q, want %d:\n%s", got, line, want, &log)
-			}
-		}
-	})
-}
-
-func TestBalance(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := &lab{hosts: map[string]behaviour{addrA: replies(0), addrB: replies(0), addrC: replies(0)}}
-		p := New(Options{Dial: l.dial, Rand: rand.New(rand.NewPCG(1, 2)).IntN})
-		servers := []*Server{serverA, serverB, serverC}
-		const rounds = 600
-		share := map[string]int{}
-		for range rounds {
-			conn, s, err := p.Connect(t.Context(), servers, true, target)
-			if err != nil {
-				t.Fatal(err)
-			}
-			conn.Close()
-			share[s.Name]++
-		}
-		for _, s := range servers {
-			if n := share[s.Name]; n < rounds/3*8/10 || n > rounds/3*12/10 {
-				t.Errorf("%s carries %d of %d flows", s.Name, n, rounds)
-			}
-		}
-
-		orders := map[string]int{}
-		order := func() (names string) {
-			for _, s := range p.order(nil, servers, true) {
-				names += s.Name
-			}
-			return names
-		}
-		for range rounds {
-			orders[order()]++
-		}
-		for _, names := range []string{"abc", "acb", "bac", "bca", "cab", "cba"} {
-			if n := orders[names]; n < rounds/6*6/10 || n > rounds/6*14/10 {
-				t.Errorf("order %s came %d times of %d", names, n, rounds)
-			}
-		}
-		if servers[0] != serverA || servers[1] != serverB || servers[2] != serverC {
-			t.Error("the caller's list was shuffled")
-		}
-
-		p.bad(serverA, syscall.ECONNREFUSED)
-		for range 100 {
-			if names := order(); names[2] != 'a' {
-				t.Fatalf("a is bad, yet the order is %s", names)
-			}
 		}
 	})
 }
@@ -505,28 +300,4 @@ func TestResolve(t *testing.T) {
 			})
 		})
 	}
-}
-
-// TestConnectTogether has many flows at once fail over, for the race detector.
-func TestConnectTogether(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := &lab{hosts: map[string]behaviour{addrA: refuses, addrB: replies(0), addrC: says("EOF")}}
-		p := New(Options{Dial: l.dial})
-		const flows = 50
-		var wg sync.WaitGroup
-		for i := range flows {
-			wg.Go(func() {
-				conn, s, err := p.Connect(t.Context(), []*Server{serverA, serverC, serverB}, i%2 == 0, target)
-				if err != nil || s != serverB {
-					t.Errorf("%v, %v", s, err)
-					return
-				}
-				conn.Close()
-			})
-		}
-		wg.Wait()
-		if got := p.Status([]*Server{serverB})[0]; got.Carried != flows || got.Faults != 0 {
-			t.Errorf("%+v", got)
-		}
-	})
 }
