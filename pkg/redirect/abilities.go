@@ -40,7 +40,7 @@ func tryAbilities() []Ability {
 		}
 		return "yes"
 	}
-	names := []string{"nftables tproxy", "nftables table owner", "policy routing", "transparent sockets"}
+	names := []string{"nftables tproxy", "nftables table owner", "policy routing", "transparent sockets", "bpf classifier"}
 	all := func(err error) (as []Ability) {
 		for _, n := range names {
 			as = append(as, Ability{n, "unknown: " + err.Error()})
@@ -74,5 +74,20 @@ func tryAbilities() []Ability {
 		{names[1], state(owner)},
 		{names[2], state(routing)},
 		{names[3], state(sockets)},
+		{names[4], state(tryEntry(p.Marks, r.policy))},
 	}
+}
+
+// tryEntry puts the classifier on lo, where it does no harm.
+func tryEntry(m Marks, p *policy) error {
+	prog, err := loadEntry(m)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(prog)
+	link, err := p.h.LinkByIndex(loIndex)
+	if err == nil {
+		_, err = p.markEntry(link, prog)
+	}
+	return err
 }

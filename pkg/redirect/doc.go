@@ -2,13 +2,14 @@
 // out of the packet path without touching the hosts that make them, and keeps
 // every flow that it does not take, and cannot let pass, from leaving.
 //
-// One nftables table ("inet tproxyd"), a handful of policy routing rules and
-// one routing table are all that it puts into the kernel. Apply makes them what
-// a Plan says, from whatever is there, the nftables part in one transaction;
-// Remove takes all of it away, knowing neither plan nor process. What a packet
-// goes through:
+// One nftables table ("inet tproxyd"), a handful of policy routing rules, one
+// routing table and a classifier on each named interface are all that it puts
+// into the kernel. Apply makes them what a Plan says, from whatever is there, the
+// nftables part in one transaction; Remove takes all of it away, knowing neither
+// plan nor process. What a packet goes through:
 //
-//	lan0 ──► prerouting ─► lan ─┬─ of a flow that we serve ───────────► Lan mark
+//	lan0 ──► classifier ──────────────────────────────────────────────► Entered mark
+//	     ──► prerouting ─► lan ─┬─ of a flow that we serve ───────────► Lan mark
 //	                            ├─ port 53 ──► dns ── tproxy ─────────► Lan mark
 //	                            └─ decide ─┬─ DIRECT ► direct ────────► Direct mark
 //	lo, Local mark ─► local ► tproxy       ├─ DENY ──► denied ─ reject
@@ -18,7 +19,7 @@
 //	routing   Lan mark, from lan0 ─► table: everything is local, on lo
 //	          Local mark, from lo ─► the same
 //	          Direct mark         ─► the host's other rules
-//	          from lan0           ─► prohibited
+//	          Entered mark (IPv4), from lan0 (IPv6) ─► prohibited
 //
 // Before denied rejects and before take takes anything, the chain "implicit"
 // lets pass what is never ours: replies of flows that were opened from outside,
@@ -27,12 +28,17 @@
 // front because all of it ends as DIRECT would: so a packet that a rule sends
 // DIRECT pays for none of it.
 //
+// Only one refusal cannot be sent: that of this host's own question by UDP over
+// IPv4 whose listener is gone without a Close or a closed plan. It is known not
+// before the packet is back on lo, where its destination counts as ours, and the
+// kernel would send the ICMP error from that. Such a question gets no answer.
+//
 // Three guards hold independently of one another. In the table, a tproxy
 // without a listener falls through to a reject, never past it. In routing,
-// what comes from a named interface without a mark of ours is prohibited, so
-// that a table that somebody flushed lets nothing pass. And in postrouting,
-// what carries a divert mark leaves by no interface but lo, so that a deleted
-// routing rule sends nothing out.
+// what entered by a named interface and did not go through the table is
+// prohibited, so that a table that somebody flushed lets nothing pass. And in
+// postrouting, what carries a divert mark leaves by no interface but lo, so that
+// a deleted routing rule sends nothing out.
 //
 // The marks use only the bits of Plan.Marks.Mask, of the packet mark and of the
 // connection mark (where the Own value says that the connection ends at us);

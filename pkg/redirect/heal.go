@@ -20,6 +20,7 @@ type Healed struct {
 	Tables uint64 // the table, changed or removed by somebody else
 	Rules  uint64 // routing rules
 	Routes uint64 // routes
+	Marks  uint64 // what marks the packets that enter by an interface
 }
 
 // monitor hears of changes to nftables and to the routing.
@@ -38,7 +39,7 @@ func dialMonitor(own uint32) (*monitor, error) {
 		groups []uint32
 	}{
 		{&m.nft, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}},
-		{&m.route, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+		{&m.route, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_TC, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}},
 	} {
 		c, err := netlink.Dial(s.family, nil)
@@ -119,8 +120,8 @@ func (e *event) empty() bool {
 // rule or route that is gone is put back, at once and from memory; also when an
 // interface comes up, since one that went down may have taken routes with it.
 // What was put right is counted, and told to onEvent ("table", "rule", "route",
-// "link NAME" for an interface of the plan that came up), which may be nil and
-// must not call the Redirect. Only one Heal may run.
+// "mark", and "link NAME" for an interface of the plan that came up), which may
+// be nil and must not call the Redirect. Only one Heal may run.
 func (r *Redirect) Heal(ctx context.Context, onEvent func(what string)) error {
 	if onEvent == nil {
 		onEvent = func(string) {}
@@ -213,6 +214,14 @@ func (r *Redirect) heal(e *event) []string {
 			r.healed.Routes += uint64(m.routes)
 			did = append(did, "route")
 		}
+		if m.entries > 0 {
+			// An interface that appears is guarded by its name up to here.
+			if err := r.policy.drop(r.plan); err != nil {
+				r.log.Error("the routing cannot be put right", "err", err)
+			}
+			r.healed.Marks += uint64(m.entries)
+			did = append(did, "mark")
+		}
 	}
 	for _, l := range e.links {
 		if slices.Contains(r.plan.Interfaces, l) {
@@ -268,6 +277,8 @@ func (m *monitor) routeEvent(e *event, msg netlink.Message) {
 		if t, ok := attribute(b[rtmsgLen:], unix.RTA_TABLE); ok && len(t) == 4 && msg.Header.Type == unix.RTM_NEWROUTE {
 			e.foreign = append(e.foreign, place{int(b[0]), int(binary.NativeEndian.Uint32(t))})
 		}
+	case unix.RTM_DELTFILTER, unix.RTM_DELQDISC:
+		e.policy = true
 	case unix.RTM_NEWLINK:
 		if len(b) < unix.SizeofIfInfomsg || binary.NativeEndian.Uint32(b[8:])&unix.IFF_UP == 0 { // ifi_flags
 			return

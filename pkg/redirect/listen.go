@@ -132,6 +132,9 @@ const pktOptions6 = 6
 // host itself. It is to be called once for a socket, and soon: an IPv6 socket
 // keeps a copy of each segment until then.
 func InboundInterface(fd int) (int, error) {
+	if own, err := toItself(fd); own || err != nil {
+		return loIndex, err
+	}
 	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 	if err != nil {
 		return 0, fmt.Errorf("redirect: SO_DOMAIN: %w", err)
@@ -164,4 +167,27 @@ func InboundInterface(fd int) (int, error) {
 		rest = next
 	}
 	return 0, errors.New("redirect: the socket does not tell its interface")
+}
+
+// toItself reports whether a connection has one address at both ends. Only this
+// host itself makes such, to one of its addresses, and the kernel says then that
+// they come by the interface that has the address.
+func toItself(fd int) (bool, error) {
+	local, err := unix.Getsockname(fd)
+	if err != nil {
+		return false, fmt.Errorf("redirect: getsockname: %w", err)
+	}
+	remote, err := unix.Getpeername(fd)
+	if err != nil {
+		return false, fmt.Errorf("redirect: getpeername: %w", err)
+	}
+	switch l := local.(type) {
+	case *unix.SockaddrInet4:
+		r, ok := remote.(*unix.SockaddrInet4)
+		return ok && l.Addr == r.Addr, nil
+	case *unix.SockaddrInet6:
+		r, ok := remote.(*unix.SockaddrInet6)
+		return ok && l.Addr == r.Addr, nil
+	}
+	return false, nil
 }

@@ -11,10 +11,10 @@ import (
 )
 
 // Marks says which bits of the packet mark are ours and what the first of our
-// four values is. The others follow by counting on within the mask and passing
-// over zero: for 0x7000/0xf000 they are 0x8000, 0x9000 and 0xa000; for
-// 0xf000/0xf000 they are 0x1000, 0x2000 and 0x3000. Bits outside of the mask
-// are never looked at and never changed.
+// five values is. The others follow by counting on within the mask and passing
+// over zero: for 0x7000/0xf000 they are 0x8000, 0x9000, 0xa000 and 0xb000; for
+// 0xf000/0xf000 they are 0x1000, 0x2000, 0x3000 and 0x4000. Bits outside of the
+// mask are never looked at and never changed.
 type Marks struct {
 	Value uint32 // within Mask and not 0
 	Mask  uint32 // at least three bits, not necessarily side by side
@@ -37,7 +37,7 @@ func (m Marks) check() error {
 		return fmt.Errorf("redirect: mark %s: the value must be within the mask and not 0", m)
 	}
 	if bits.OnesCount32(m.Mask) < 3 {
-		return fmt.Errorf("redirect: mark %s: the mask needs at least three bits for four values", m)
+		return fmt.Errorf("redirect: mark %s: the mask needs at least three bits for five values", m)
 	}
 	return nil
 }
@@ -57,6 +57,10 @@ func (m Marks) Direct() uint32 { return m.next(2) }
 // Own is the mark of the packets that we send ourselves, which are never
 // diverted.
 func (m Marks) Own() uint32 { return m.next(3) }
+
+// Entered is the mark of IPv4 packets of a named interface that no table of
+// ours has seen.
+func (m Marks) Entered() uint32 { return m.next(4) }
 
 // next counts n values on within the mask: filling the bits outside of it with
 // ones lets the carry run over them.

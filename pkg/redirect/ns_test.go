@@ -43,7 +43,8 @@ func newNetns(t *testing.T) *netns {
 		t.Fatalf("a network namespace: %v (these tests need root)", err)
 	}
 	t.Cleanup(func() { close(n.work); <-done })
-	n.run("ip link set lo up")
+	// Addresses can be used at once, the link-local ones too.
+	n.run("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0", "ip link set lo up")
 	return n
 }
 

@@ -179,6 +179,9 @@ func (r *reader) parse(i int, d *flow.Datagram) bool {
 		}
 		rest = next
 	}
+	if d.Src.Addr() == d.Dst.Addr() { // see toItself
+		d.IfIndex = loIndex
+	}
 	return d.Dst.IsValid() && d.Src.IsValid() && m.hdr.Flags&unix.MSG_TRUNC == 0
 }
 

@@ -28,8 +28,9 @@ type Options struct {
 // Redirect has the table and the routing of a network namespace in hand. Its
 // methods may be used by any number of goroutines.
 type Redirect struct {
-	log *slog.Logger
-	can abilities
+	log        *slog.Logger
+	can        abilities
+	interfaces *interfaces
 
 	mu       sync.Mutex // holds for all below, and for what is done to the kernel
 	nf       *nfnl      // owns the table
@@ -58,9 +59,13 @@ func Open(o Options) (*Redirect, error) {
 		return nil, err
 	}
 	if r.policy, err = dialPolicy(); err == nil {
-		if r.monitor, err = dialMonitor(r.nf.pid); err == nil {
-			err = r.claim(o.noOwner)
-		}
+		r.interfaces, err = dialInterfaces()
+	}
+	if err == nil {
+		r.monitor, err = dialMonitor(r.nf.pid)
+	}
+	if err == nil {
+		err = r.claim(o.noOwner)
 	}
 	if err != nil {
 		r.release()
@@ -131,8 +136,12 @@ func (r *Redirect) apply(p *Plan) error {
 		return err
 	}
 	r.plan = p
-	if _, err := r.policy.ensure(p, guardRules); err != nil {
+	m, err := r.policy.ensure(p, guardRules)
+	if err != nil {
 		return err
+	}
+	if m.unmarked != nil {
+		r.log.Warn("DIRECT does not pass over IPv4 where rp_filter is on", "err", m.unmarked)
 	}
 	return r.policy.drop(p)
 }
@@ -261,6 +270,9 @@ func (r *Redirect) release() {
 	}
 	if r.policy != nil {
 		r.policy.close()
+	}
+	if r.interfaces != nil {
+		r.interfaces.close()
 	}
 	if r.lock != nil {
 		r.lock.Close()

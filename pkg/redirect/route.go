@@ -21,7 +21,7 @@ const (
 	prefLan      = 170 // Lan mark, from a named interface: to our table
 	prefLocal    = 171 // Local mark, from this host: to our table
 	prefDirect   = 172 // Direct mark: on with the rules of others
-	prefProhibit = 173 // from a named interface: prohibited
+	prefProhibit = 173 // Entered mark, or from a named interface: prohibited
 	prefNext     = 174 // where prefDirect goes: does nothing
 )
 
@@ -31,8 +31,12 @@ const actNop = 3
 // loIndex is the index of lo, the first interface of every network namespace.
 const loIndex = 1
 
-// policy is the routing side: rules and routes of both families.
-type policy struct{ h *netlink.Handle }
+// policy is the routing side: rules and routes of both families, and what they
+// need to know where a packet came from.
+type policy struct {
+	h       *netlink.Handle
+	without []string // interfaces of the plan that do not give the Entered mark
+}
 
 // dialPolicy connects in the network namespace of the calling thread.
 func dialPolicy() (*policy, error) {
@@ -40,7 +44,7 @@ func dialPolicy() (*policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("redirect: routing: %w", err)
 	}
-	return &policy{h}, nil
+	return &policy{h: h}, nil
 }
 
 func (p *policy) close() { p.h.Close() }
@@ -49,36 +53,43 @@ func policyFamilies() []int { return []int{unix.AF_INET, unix.AF_INET6} }
 
 // rules returns the rules of a plan for a family, in the order in which they
 // are to be added: the guard last, when what it lets pass is known.
-func rules(p *Plan, fam int) []netlink.Rule {
+func (p *policy) rules(plan *Plan, fam int) []netlink.Rule {
 	rule := func(pref int, mark uint32, iif string) netlink.Rule {
 		r := *netlink.NewRule()
 		r.Family, r.Priority, r.IifName, r.Protocol = fam, pref, iif, RouteProtocol
 		if mark != 0 {
-			mask := p.Marks.Mask
+			mask := plan.Marks.Mask
 			r.Mark, r.Mask = mark, &mask
 		}
 		return r
 	}
 	var rs []netlink.Rule
-	for _, i := range sortedInterfaces(p) {
-		r := rule(prefLan, p.Marks.Lan(), i)
-		r.Table = p.Table
+	for _, i := range sortedInterfaces(plan) {
+		r := rule(prefLan, plan.Marks.Lan(), i)
+		r.Table = plan.Table
 		rs = append(rs, r)
 	}
-	if p.Local {
-		r := rule(prefLocal, p.Marks.Local(), "lo")
-		r.Table = p.Table
+	if plan.Local {
+		r := rule(prefLocal, plan.Marks.Local(), "lo")
+		r.Table = plan.Table
 		rs = append(rs, r)
 	}
-	if len(p.Interfaces) == 0 {
+	if len(plan.Interfaces) == 0 {
 		return rs
 	}
 	next := rule(prefNext, 0, "")
 	next.Type = actNop
-	direct := rule(prefDirect, p.Marks.Direct(), "")
+	direct := rule(prefDirect, plan.Marks.Direct(), "")
 	direct.Goto = prefNext
 	rs = append(rs, next, direct)
-	for _, i := range sortedInterfaces(p) {
+	byName := sortedInterfaces(plan)
+	if fam == unix.AF_INET {
+		byName = p.without
+		r := rule(prefProhibit, plan.Marks.Entered(), "")
+		r.Type = unix.RTN_PROHIBIT
+		rs = append(rs, r)
+	}
+	for _, i := range byName {
 		r := rule(prefProhibit, 0, i)
 		r.Type = unix.RTN_PROHIBIT
 		rs = append(rs, r)
@@ -101,11 +112,17 @@ func route(p *Plan, fam int) *netlink.Route {
 }
 
 // missing is what ensure had to add.
-type missing struct{ rules, routes int }
+type missing struct {
+	rules, routes, entries int
+	unmarked               error // why packets that enter get no mark
+}
 
 // ensure adds what of the plan's rules and routes is not there. The kernel
 // itself compares: what exists is not added twice. Only selects the rules.
 func (p *policy) ensure(plan *Plan, only func(pref int) bool) (m missing, err error) {
+	if only(prefProhibit) {
+		m.entries, p.without, m.unmarked = p.markEntries(plan)
+	}
 	for _, fam := range policyFamilies() {
 		if len(plan.Interfaces) == 0 && !plan.Local {
 			continue
@@ -118,7 +135,7 @@ func (p *policy) ensure(plan *Plan, only func(pref int) bool) (m missing, err er
 		case !errors.Is(err, unix.EEXIST):
 			return m, fmt.Errorf("redirect: route in table %d: %w", plan.Table, err)
 		}
-		for _, r := range rules(plan, fam) {
+		for _, r := range p.rules(plan, fam) {
 			if !only(r.Priority) {
 				continue
 			}
@@ -161,7 +178,7 @@ func (p *policy) drop(plan *Plan) error {
 		}
 		var want []netlink.Rule
 		if plan != nil {
-			want = rules(plan, fam)
+			want = p.rules(plan, fam)
 		}
 		// The guards go first: they must not outlive what lets DIRECT pass.
 		slices.SortFunc(list, func(a, b netlink.Rule) int {
@@ -195,7 +212,7 @@ func (p *policy) drop(plan *Plan) error {
 			}
 		}
 	}
-	return nil
+	return p.unmarkEntries(plan)
 }
 
 // sameRule compares what the kernel tells of a rule with one that we want. It

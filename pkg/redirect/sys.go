@@ -1,6 +1,7 @@
 package redirect
 
 import (
+	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -46,4 +47,14 @@ func recvmmsg(fd int, ms []mmsghdr) (int, unix.Errno) {
 func sendmmsg(fd int, ms []mmsghdr) (int, unix.Errno) {
 	n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&ms[0])), uintptr(len(ms)), unix.MSG_DONTWAIT, 0, 0)
 	return int(n), errno
+}
+
+// bpf is bpf(2). Alive is what the attributes point to.
+func bpf(cmd int, attr unsafe.Pointer, size uintptr, alive ...[]byte) (int, error) {
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
+	runtime.KeepAlive(alive)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
 }

@@ -68,6 +68,7 @@ func (n *netns) table() string {
 
 // What Apply puts into the kernel is what nft makes of Text.
 func TestTextIsWhatApplyDoes(t *testing.T) {
+	t.Parallel()
 	for name, change := range map[string]func(*Plan){
 		"everything": func(p *Plan) {},
 		"closed":     func(p *Plan) { *p = p.Closed() },
@@ -78,6 +79,7 @@ func TestTextIsWhatApplyDoes(t *testing.T) {
 		"odd mask":   func(p *Plan) { p.Marks = Marks{Value: 0x80000000, Mask: 0x80010100} },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			p := fullPlan()
 			change(&p)
 			text, err := Text(p)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -67,18 +68,19 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{t: t, client: newNetns(t), gateway: newNetns(t), server: newNetns(t)}
 	w.gateway.run(
-		"ip link add lan0 type veth peer name eth0 netns "+w.client.path,
-		"ip link add wan0 type veth peer name eth0 netns "+w.server.path,
+		"ip link add lan0 index 11 type veth peer name eth0 index 21 netns "+w.client.path,
+		"ip link add wan0 index 12 type veth peer name eth0 index 22 netns "+w.server.path,
+		"ip addr add fe80::1/64 dev lan0 nodad", "ip addr add fe80::1/64 dev wan0 nodad", // the kernel makes its own a second late
 		"ip addr add 10.7.1.1/24 dev lan0", "ip addr add 2001:db8:1::1/64 dev lan0 nodad",
 		"ip addr add 192.0.2.1/24 dev wan0", "ip addr add 2001:db8:2::1/64 dev wan0 nodad",
 		"ip link set lan0 up", "ip link set wan0 up",
 		"sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
 		"ip route add default via 192.0.2.2", "ip -6 route add default via 2001:db8:2::2")
 	w.client.run(
-		"ip addr add 10.7.1.2/24 dev eth0", "ip addr add 2001:db8:1::2/64 dev eth0 nodad", "ip link set eth0 up",
+		"ip addr add fe80::2/64 dev eth0 nodad", "ip addr add 10.7.1.2/24 dev eth0", "ip addr add 2001:db8:1::2/64 dev eth0 nodad", "ip link set eth0 up",
 		"ip route add default via 10.7.1.1", "ip -6 route add default via 2001:db8:1::1")
 	w.server.run(
-		"ip addr add 192.0.2.2/24 dev eth0", "ip addr add 2001:db8:2::2/64 dev eth0 nodad", "ip link set eth0 up",
+		"ip addr add fe80::2/64 dev eth0 nodad", "ip addr add 192.0.2.2/24 dev eth0", "ip addr add 2001:db8:2::2/64 dev eth0 nodad", "ip link set eth0 up",
 		"ip route add default via 192.0.2.1", "ip -6 route add default via 2001:db8:2::1")
 	for _, n := range []string{"203.0.113.0/24", "198.51.100.0/24", "2001:db8:a::/48", "2001:db8:b::/48", "198.18.0.0/15", "fd74:7072:6f78::/96"} {
 		w.server.run("ip route add local " + n + " dev lo")
@@ -116,31 +118,44 @@ func (w *world) leaked() {
 	}
 }
 
-// serve answers on a port of the server.
+// serve answers on a port of the server, a datagram from the address that it
+// was sent to.
 func (w *world) serve(port int) {
 	w.t.Helper()
 	var l net.Listener
-	var p net.PacketConn
-	var err, err2 error
+	var ps [2]*net.UDPConn
+	var errs [5]error
 	w.server.do(func() {
-		l, err = net.Listen("tcp", fmt.Sprintf(":%d", port))
-		p, err2 = net.ListenPacket("udp4", fmt.Sprintf(":%d", port))
+		l, errs[0] = net.Listen("tcp", fmt.Sprintf(":%d", port))
+		ps[0], errs[1] = net.ListenUDP("udp4", &net.UDPAddr{Port: port})
+		ps[1], errs[2] = net.ListenUDP("udp6", &net.UDPAddr{Port: port})
 	})
-	if err = errors.Join(err, err2); err != nil {
+	for i, o := range []option{{unix.SOL_IP, unix.IP_PKTINFO, ""}, {unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, ""}} {
+		if raw, err := ps[i].SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) { errs[3+i] = switchOn(int(fd), o) })
+		}
+	}
+	if err := errors.Join(errs[:]...); err != nil {
 		w.t.Fatal(err)
 	}
-	w.t.Cleanup(func() { l.Close(); p.Close() })
+	w.t.Cleanup(func() { l.Close(); ps[0].Close(); ps[1].Close() })
 	go answer(l, func(c net.Conn) string { return "server " + c.LocalAddr().String() })
-	go func() {
-		b := make([]byte, 2048)
-		for {
-			n, from, err := p.ReadFrom(b)
-			if err != nil {
-				return
-			}
-			p.WriteTo(append([]byte("server "), b[:n]...), from)
+	go echo(ps[0], unix.SizeofCmsghdr) // in_pktinfo begins with the interface
+	go echo(ps[1], unix.SizeofCmsghdr+16)
+}
+
+// echo sends back what comes. The packet info that came with it, but for the
+// interface, says which address to send it from.
+func echo(p *net.UDPConn, ifindex int) {
+	b, oob := make([]byte, 2048), make([]byte, 64)
+	for {
+		n, m, _, from, err := p.ReadMsgUDPAddrPort(b, oob)
+		if err != nil {
+			return
 		}
-	}()
+		clear(oob[ifindex : ifindex+4])
+		p.WriteMsgUDPAddrPort(append([]byte("server "), b[:n]...), oob[:m], from)
+	}
 }
 
 // answer says something on each connection, and then repeats what comes.
@@ -242,20 +257,23 @@ func (w *world) apply(p Plan) {
 	}
 }
 
+// wait is how long an answer may take.
+const wait = 2 * time.Second
+
 // ask connects from a namespace and returns the first line that comes, or the
 // error by its name. It also says if that took long.
 func ask(n *netns, network, addr string) string {
 	var got string
 	began := time.Now()
 	n.do(func() {
-		d := net.Dialer{Timeout: 2 * time.Second}
+		d := net.Dialer{Timeout: wait}
 		c, err := d.DialContext(context.Background(), network, addr)
 		if err != nil {
 			got = errName(err)
 			return
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(2 * time.Second))
+		c.SetDeadline(time.Now().Add(wait))
 		if strings.HasPrefix(network, "udp") {
 			c.Write([]byte("hello"))
 		}
@@ -267,7 +285,7 @@ func ask(n *netns, network, addr string) string {
 		}
 		got = strings.TrimSpace(string(b[:k]))
 	})
-	if d := time.Since(began); d > time.Second {
+	if d := time.Since(began); d > time.Second && got != "nothing" {
 		got += fmt.Sprintf(" (after %v)", d.Round(time.Second))
 	}
 	return got
@@ -277,6 +295,9 @@ func errName(err error) string {
 	var errno unix.Errno
 	if errors.As(err, &errno) {
 		return unix.ErrnoName(errno)
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) {
+		return "nothing"
 	}
 	return err.Error()
 }
