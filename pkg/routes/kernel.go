@@ -1,0 +1,181 @@
+package routes
+
+import (
+	"container/heap"
+	"math/bits"
+	"net/netip"
+	"slices"
+)
+
+// Range is a range of addresses of one family, both ends included.
+type Range struct{ From, To netip.Addr }
+
+// Block is a run of consecutive rules with the same conditions, as far as a
+// packet shows what they ask for. A packet that meets the conditions and whose
+// destination is in one of the lists is decided by it; the lists share no
+// address. Rules that ask for a name are not in any Block.
+type Block struct {
+	Network Protocols
+	Ports   []PortRange    // empty: any
+	Src     []netip.Prefix // empty: any
+	Ifs     []string       // empty: any, and this host's own flows too
+
+	Direct, Deny, Proxy []Range
+
+	Rules []*Rule // those that it was made of
+}
+
+// Kernel returns what a packet filter can decide: for every flow without a
+// name the first Block that decides gives the action of the rule that Match
+// gives. The last Block is the DEFAULT's, so one always does.
+func (t *Table) Kernel() []Block {
+	var blocks []Block
+	for i := 0; i < len(t.rules); {
+		first := t.rules[i]
+		var run []*Rule
+		for ; i < len(t.rules) && (len(t.rules[i].dest.prefixes) == 0 || sameConditions(first, t.rules[i])); i++ {
+			if len(run) == 0 {
+				first = t.rules[i]
+			}
+			if len(t.rules[i].dest.prefixes) > 0 {
+				run = append(run, t.rules[i])
+			}
+		}
+		if len(run) > 0 {
+			blocks = append(blocks, makeBlock(run))
+		}
+	}
+	return blocks
+}
+
+func sameConditions(a, b *Rule) bool {
+	return a.Protocols == b.Protocols && slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Src, b.Src) && slices.Equal(a.Ifs, b.Ifs)
+}
+
+// makeBlock lays the prefixes of the rules on the line of addresses and gives
+// each piece to the first rule that has it.
+func makeBlock(rules []*Rule) Block {
+	r := rules[0]
+	b := Block{Network: r.Protocols, Ports: r.Ports, Src: r.Src, Ifs: r.Ifs, Rules: rules}
+	for _, is4 := range []bool{true, false} {
+		var spans []span
+		for _, r := range rules {
+			for _, p := range r.dest.prefixes {
+				if p.Addr().Is4() == is4 {
+					spans = append(spans, span{p.Addr(), lastOf(p), r})
+				}
+			}
+		}
+		sweep(spans, func(from, to netip.Addr, r *Rule) {
+			list := &b.Proxy
+			switch r.Action {
+			case Direct:
+				list = &b.Direct
+			case Deny:
+				list = &b.Deny
+			}
+			if n := len(*list); n > 0 && (*list)[n-1].To.Next() == from {
+				(*list)[n-1].To = to
+				return
+			}
+			*list = append(*list, Range{from, to})
+		})
+	}
+	return b
+}
+
+// span is a rule's claim to a range of addresses.
+type span struct {
+	from, to netip.Addr
+	rule     *Rule
+}
+
+// spanHeap has the first rule on top.
+type spanHeap []span
+
+func (h spanHeap) Len() int           { return len(h) }
+func (h spanHeap) Less(i, j int) bool { return h[i].rule.Index < h[j].rule.Index }
+func (h spanHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *spanHeap) Push(x any)        { *h = append(*h, x.(span)) }
+func (h *spanHeap) Pop() any {
+	last := len(*h) - 1
+	s := (*h)[last]
+	*h = (*h)[:last]
+	return s
+}
+
+// sweep calls emit for each piece of the line with the first rule that claims
+// it, in order.
+func sweep(spans []span, emit func(from, to netip.Addr, r *Rule)) {
+	slices.SortFunc(spans, func(a, b span) int { return a.from.Compare(b.from) })
+	var open spanHeap
+	at := netip.Addr{} // where the next piece begins; only valid while something is open
+	for i := 0; i < len(spans) || len(open) > 0; {
+		if len(open) == 0 {
+			at = spans[i].from
+		}
+		for i < len(spans) && spans[i].from == at {
+			heap.Push(&open, spans[i])
+			i++
+		}
+		// Claims that end before here are dropped when they come to the top.
+		for len(open) > 0 && open[0].to.Less(at) {
+			heap.Pop(&open)
+		}
+		if len(open) == 0 {
+			continue
+		}
+		to := open[0].to
+		if i < len(spans) && spans[i].from.Compare(to) <= 0 {
+			to = spans[i].from.Prev()
+		}
+		emit(at, to, open[0].rule)
+		next := to.Next()
+		if !next.IsValid() {
+			return // the end of the line
+		}
+		at = next
+	}
+}
+
+// lastOf returns the last address of a prefix.
+func lastOf(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// prefixesOf returns the prefixes that a range consists of: at most two for
+// each bit of an address.
+func prefixesOf(r Range) (list []netip.Prefix) {
+	for from := r.From; ; {
+		n := from.BitLen() - trailingZeros(from)
+		p := netip.PrefixFrom(from, n)
+		for r.To.Less(lastOf(p)) {
+			n++
+			p = netip.PrefixFrom(from, n)
+		}
+		list = append(list, p)
+		last := lastOf(p)
+		if last == r.To {
+			return list
+		}
+		from = last.Next()
+	}
+}
+
+// trailingZeros counts the zero bits at the end of an address.
+func trailingZeros(a netip.Addr) int {
+	n := 0
+	b := a.AsSlice()
+	for i := len(b) - 1; i >= 0; i-- {
+		if b[i] != 0 {
+			return n + bits.TrailingZeros8(b[i])
+		}
+		n += 8
+	}
+	return n
+}

@@ -1,0 +1,254 @@
+// Package routes is the language that says what goes where: it reads rules,
+// reports what is wrong with them, and decides flows and names by them.
+//
+// It promises that the first rule that matches decides, in the order of the
+// file and with no hidden priority; that every mistake of the files is reported
+// in one run, each with its line and column; that what it hands to the kernel
+// (see Table.Kernel) decides exactly as Table.Match does; and that a decision
+// allocates nothing and is not linear in the number of address and name rules.
+//
+// The language is a superset of Hummingbird's socks.cnf, itself the heir of
+// CSTC's socks.conf(5); the manual is tproxyd-socks.cnf(5).
+package routes
+
+import (
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Action is what a rule does with a flow.
+type Action uint8
+
+// The actions. Those that this version cannot carry out are read, checked and
+// refused by the parser, so a Table holds Deny, Direct and Socks5 only.
+const (
+	Deny    Action = iota
+	Direct         // without a server
+	Socks          // SOCKD: version 5, else 4
+	Socks4         // SOCKD4
+	Socks4A        // SOCKD4A
+	Socks5         // SOCKD5
+	HTTP           // HTTP CONNECT
+)
+
+var actionWords = [...]string{"DENY", "DIRECT", "SOCKD", "SOCKD4", "SOCKD4A", "SOCKD5", "HTTP"}
+
+// String returns the keyword of the language.
+func (a Action) String() string { return actionWords[a] }
+
+// proxied tells whether the action needs a server.
+func (a Action) proxied() bool { return a >= Socks }
+
+// Strategy is the order in which a rule's servers are tried.
+type Strategy uint8
+
+// The strategies.
+const (
+	First  Strategy = iota // as written
+	Random                 // shuffled for each flow: BALANCE
+)
+
+// Reject is how a DENY rule refuses.
+type Reject uint8
+
+// The ways to refuse. A flow is always refused at once: TCP with a reset, all
+// else with an ICMP error; the latter two already refuse the question for the
+// name.
+const (
+	RejectReset Reject = iota
+	RejectRefused
+	RejectNXDomain
+)
+
+// Pipeline is what a server is sent before it has answered.
+type Pipeline uint8
+
+// How much is sent ahead.
+const (
+	PipelineOff      Pipeline = iota // nothing: one message, one answer
+	PipelineGreeting                 // greeting, authentication and request together
+)
+
+// Server is a SOCKS server as the rules name it.
+type Server struct {
+	Name       string     // as written: the word of a SERVER line, or the endpoint itself
+	Host       string     // a name to be resolved by this host; empty: Addr is valid
+	Addr       netip.Addr // where it is; invalid if Host is set
+	Port       uint16     // TCP
+	Credential string     // name of the user name and password to use; empty: none
+	Pipeline   Pipeline
+	File       string // where it was first written
+	Line       int
+	Col        int
+}
+
+// AddrPort returns where the server listens; with Host set only the port is
+// valid.
+func (s *Server) AddrPort() netip.AddrPort { return netip.AddrPortFrom(s.Addr, s.Port) }
+
+// Chain is the way to a destination: its hops, the nearest first. It has at
+// least one; this version of the parser refuses more.
+type Chain []*Server
+
+// String returns the chain as the language writes it.
+func (c Chain) String() string {
+	if len(c) == 1 {
+		return c[0].Name
+	}
+	names := make([]string, len(c))
+	for i, s := range c {
+		names[i] = s.Name
+	}
+	return strings.Join(names, ">")
+}
+
+// Protocols says which transport protocols a rule or a Block is about.
+type Protocols uint8
+
+// The protocols; AnyProtocol includes those that are neither TCP nor UDP,
+// unless the rule has ports.
+const (
+	AnyProtocol Protocols = iota
+	OnlyTCP
+	OnlyUDP
+)
+
+// By says which flows a rule is about: those with a name, those without, both.
+type By uint8
+
+// What a rule can be restricted to.
+const (
+	ByAny By = iota
+	ByName
+	ByAddress
+)
+
+// PortRange is a range of ports, both ends included.
+type PortRange struct{ From, To uint16 }
+
+// Rule is one line that decides flows. It is immutable.
+type Rule struct {
+	File  string // empty: the DEFAULT that no line states
+	Line  int
+	Text  string // as written, blanks and comment aside
+	Index int    // its place in Table.Rules
+
+	Action  Action
+	Servers []Chain // of a proxied rule, in the order written
+	Balance Strategy
+	Reject  Reject
+	Log     bool   // each flow is worth a line in the log
+	Tag     string // goes into that line
+	Default bool   // the DEFAULT, which matches what no other rule matches
+
+	Protocols Protocols
+	Ports     []PortRange    // sorted, disjoint; empty: any
+	Src       []netip.Prefix // empty: any
+	Ifs       []string       // empty: any, and this host's own flows too
+	By        By
+	dest      dest
+
+	col, number int // of the first word, and of the statement, for messages
+}
+
+// dest is a destination, taken apart into what is looked up in different
+// places. By is already applied to it.
+type dest struct {
+	prefixes []netip.Prefix // of addresses; masked
+	anyName  bool           // every flow with a name
+	names    []string       // exact, lower case, no final dot
+	suffixes []string       // "*.example.org" as "example.org"
+}
+
+// Position returns FILE:LINE, or "DEFAULT" for the one that no line states.
+func (r *Rule) Position() string {
+	if r.File == "" {
+		return "DEFAULT"
+	}
+	return r.File + ":" + strconv.Itoa(r.Line)
+}
+
+// conditional tells whether the rule asks for more than a destination.
+func (r *Rule) conditional() bool { return r.partial() || r.byClient() }
+
+// partial tells whether the rule is about some ports or protocols only.
+func (r *Rule) partial() bool { return r.Protocols != AnyProtocol || len(r.Ports) > 0 }
+
+// byClient tells whether the rule asks who the client is.
+func (r *Rule) byClient() bool { return len(r.Src) > 0 || len(r.Ifs) > 0 }
+
+// anyAddress tells whether the rule's destination has every address of both
+// families.
+func (r *Rule) anyAddress() bool {
+	v4, v6 := r.anyAddressOf()
+	return v4 && v6
+}
+
+func (r *Rule) anyAddressOf() (v4, v6 bool) {
+	for _, p := range r.dest.prefixes {
+		if p.Bits() == 0 {
+			if p.Addr().Is4() {
+				v4 = true
+			} else {
+				v6 = true
+			}
+		}
+	}
+	return v4, v6
+}
+
+// ownName tells whether the rule names names, as opposed to catching all.
+func (r *Rule) ownName() bool { return len(r.dest.names)+len(r.dest.suffixes) > 0 }
+
+// Limits are the durations of TIMEOUT lines; zero: not stated.
+type Limits struct {
+	Connect    time.Duration // TCP to a server, or to a DIRECT destination
+	Handshake  time.Duration // from the greeting to the server's reply
+	Idle       time.Duration // a flow without a byte in either direction
+	HalfClosed time.Duration // the same once one direction has ended
+	DNS        time.Duration // for an answer from a resolver
+}
+
+// Health is what HEALTH lines say; zero: not stated.
+type Health struct {
+	MaxFail   int           // faults in a row that make a server bad
+	BadExpire time.Duration // how long it is then tried last
+}
+
+// ResolveMode is where a name is resolved.
+type ResolveMode uint8
+
+// The modes of RESOLVE.
+const (
+	ResolveRemote     ResolveMode = iota // by the SOCKS server
+	ResolveLocal                         // by this host
+	ResolveLocalFirst                    // by this host if it can
+)
+
+// resolveRule is a RESOLVE line.
+type resolveRule struct {
+	mode   ResolveMode
+	file   string
+	line   int
+	all    bool
+	name   string // exact
+	suffix string // of "*.suffix"
+}
+
+func (r *resolveRule) matches(name string) bool {
+	switch {
+	case r.all:
+		return true
+	case r.suffix != "":
+		return below(name, r.suffix)
+	}
+	return name == r.name
+}
+
+// below tells whether name is a name below domain (not the domain itself).
+func below(name, domain string) bool {
+	n := len(name) - len(domain)
+	return n > 1 && name[n-1] == '.' && name[n:] == domain
+}

@@ -1,0 +1,443 @@
+package routes
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Options say how rules are read. The zero value reads files by their paths.
+type Options struct {
+	// Open opens the files that INCLUDE and LIST name; nil: os.Open.
+	Open func(path string) (io.ReadCloser, error)
+}
+
+// ParseFile reads the rules of a file. The Table is nil if there is an error
+// among the diagnostics.
+func ParseFile(path string, o Options) (*Table, Diagnostics) {
+	p := newParser(o)
+	p.reader.file(path, func(code, format string, args ...any) {
+		p.diags.at(path, token{line: 1, col: 1}, code, format, args...)
+	})
+	return p.table()
+}
+
+// Parse reads rules from r; path stands for it in messages, and the paths of
+// INCLUDE and LIST are relative to it.
+func Parse(path string, r io.Reader, o Options) (*Table, Diagnostics) {
+	p := newParser(o)
+	p.reader.read(path, r)
+	return p.table()
+}
+
+// collector takes diagnostics in whatever order they are found and returns
+// them in the order of the statements that they are about.
+type collector struct {
+	list    []collected
+	current int // number of the statement that is being looked at
+}
+
+type collected struct {
+	Diagnostic
+	statement int
+}
+
+func (c *collector) begin() { c.current++ }
+
+func (c *collector) add(file string, t token, s Severity, code, format string, args ...any) {
+	d := Diagnostic{File: file, Line: t.line, Col: t.col, Severity: s, Code: code, Msg: fmt.Sprintf(format, args...)}
+	c.list = append(c.list, collected{d, c.current})
+}
+
+func (c *collector) at(file string, t token, code, format string, args ...any) {
+	c.add(file, t, Error, code, format, args...)
+}
+
+func (c *collector) sorted() Diagnostics {
+	slices.SortStableFunc(c.list, func(a, b collected) int {
+		return cmp.Or(cmp.Compare(a.statement, b.statement), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Col, b.Col))
+	})
+	var ds Diagnostics
+	for _, d := range c.list {
+		ds = append(ds, d.Diagnostic)
+	}
+	return ds
+}
+
+// parser makes a Table of statements. SERVER and LIST lines are read before
+// all others, so that they can stand anywhere.
+type parser struct {
+	reader reader
+	diags  collector
+	open   func(path string) (io.ReadCloser, error)
+
+	defined map[string]*Server // SERVER lines
+	servers []*Server          // these and those that rules spell out
+	inline  map[string]*Server
+	lists   map[string]*list
+
+	rules         []*Rule
+	defaultRule   *Rule
+	defaultServer []Chain
+	proxyName     []Chain
+	resolves      []*resolveRule
+	limits        Limits
+	health        Health
+
+	sticky Strategy     // BALANCE ON
+	next   *nextBalance // BALANCE; nil: none that waits for its rule
+}
+
+func newParser(o Options) *parser {
+	p := &parser{open: o.Open, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}}
+	if p.open == nil {
+		p.open = openFile
+	}
+	p.reader.open, p.reader.diags = p.open, &p.diags
+	return p
+}
+
+// line is a statement while it is being parsed.
+type line struct {
+	*parser
+	*statement
+	rest []token // not looked at yet
+}
+
+func (l *line) errorf(t token, code, format string, args ...any) {
+	l.diags.at(l.file, t, code, format, args...)
+}
+
+func (l *line) warnf(t token, code, format string, args ...any) {
+	l.diags.add(l.file, t, Warning, code, format, args...)
+}
+
+// unsupported says that a thing of the language has no effect yet. It is an
+// error, since a rule that does less than it says is worse than none.
+func (l *line) unsupported(t token, what string) {
+	l.errorf(t, "E28", "not supported yet: %s", what)
+}
+
+// word takes the next token; ok is false if there is none.
+func (l *line) word() (t token, ok bool) {
+	if len(l.rest) == 0 {
+		return l.tokens[len(l.tokens)-1].end(), false
+	}
+	t, l.rest = l.rest[0], l.rest[1:]
+	return t, true
+}
+
+// directives are the first words of lines, with what reads the rest. Those
+// without a function are read in another way.
+var directives map[string]func(*line, token)
+
+func init() {
+	directives = map[string]func(*line, token){
+		"INCLUDE":        nil, // by the reader
+		"SERVER":         nil, // before all others
+		"LIST":           nil, // before all others
+		"BALANCE":        (*line).balance,
+		"DEFAULT":        (*line).defaultAction,
+		"DEFAULT-SERVER": nil, // before the rules
+		"PROXY_NAME":     func(l *line, t token) { l.proxyName = l.onlyServers(t) },
+		"RESOLVE":        (*line).resolve,
+		"TIMEOUT":        (*line).timeout,
+		"HEALTH":         (*line).healthLine,
+		"BIND-MODULE":    (*line).module,
+		"EXCLUDE-MODULE": (*line).module,
+		"GSS":            func(l *line, t token) { l.unsupported(t, "GSS") },
+	}
+	for a, w := range actionWords {
+		directives[w] = func(l *line, t token) { l.rule(t, Action(a)) }
+	}
+}
+
+// foreign are first words of other programs' files.
+var foreign = []string{"socks4", "socks5", "noproxy", "route", "permit", "auth", "ban", "set", "interface", "internal:", "external:", "method:", "clientmethod:", "socksmethod:", "client", "pass", "block"}
+
+// table reads all statements and returns what they mean.
+func (p *parser) table() (*Table, Diagnostics) {
+	each := func(f func(l *line, t token, word string)) {
+		for i, s := range p.reader.statements {
+			p.diags.current = i + 1
+			f(&line{parser: p, statement: s, rest: s.tokens[1:]}, s.tokens[0], strings.ToUpper(s.tokens[0].text))
+		}
+	}
+	each(func(l *line, t token, word string) {
+		switch word {
+		case "SERVER":
+			l.server()
+		case "LIST":
+			l.list(t)
+		}
+	})
+	each(func(l *line, t token, word string) {
+		if word == "DEFAULT-SERVER" {
+			l.defaultServer = l.onlyServers(t)
+		}
+	})
+	each(func(l *line, t token, word string) {
+		read, known := directives[word]
+		switch {
+		case !known:
+			l.unknown(t)
+		case read != nil:
+			read(l, t)
+		}
+	})
+	p.diags.current = len(p.reader.statements) + 1
+	p.dangling()
+	t := p.build()
+	ds := p.diags.sorted()
+	if ds.HasErrors() {
+		return nil, ds
+	}
+	return t, ds
+}
+
+func (l *line) unknown(t token) {
+	words := make([]string, 0, len(directives))
+	for w := range directives {
+		words = append(words, w)
+	}
+	slices.Sort(words) // of two words that are equally near always the same
+	msg := fmt.Sprintf("unknown directive %q", t.text)
+	if w := closest(t.text, words); w != "" {
+		msg += fmt.Sprintf("; did you mean %s?", w)
+	}
+	for _, w := range foreign {
+		if strings.EqualFold(t.text, w) {
+			msg += `; this looks like a NEC or Dante file`
+			break
+		}
+	}
+	l.errorf(t, "E01", "%s", msg)
+}
+
+// done reports words after the end of a directive.
+func (l *line) done() {
+	if t, ok := l.word(); ok {
+		l.errorf(t, "E29", "%q is too much here", t.text)
+	}
+}
+
+func (l *line) balance(token) {
+	mode, sticky := Random, false
+	if w, ok := l.word(); ok {
+		switch strings.ToUpper(w.text) {
+		case "ON":
+			sticky = true
+		case "OFF":
+			mode, sticky = First, true
+		default:
+			if mode, ok = l.strategy(w, w.text); !ok {
+				return
+			}
+		}
+		l.done()
+	}
+	if sticky {
+		l.sticky = mode
+		return
+	}
+	l.dangling()
+	l.next = &nextBalance{mode: mode, statement: l.statement, number: l.diags.current}
+}
+
+// nextBalance is a BALANCE line on its way to the next rule with servers.
+type nextBalance struct {
+	mode      Strategy
+	statement *statement
+	number    int
+	passed    bool // a rule without servers came in between
+}
+
+// balanceWarning reports something about the BALANCE line that is on its way.
+func (p *parser) balanceWarning(format string, args ...any) {
+	now := p.diags.current
+	p.diags.current = p.next.number
+	p.diags.add(p.next.statement.file, p.next.statement.tokens[0], Warning, "E15", format, args...)
+	p.diags.current = now
+}
+
+// dangling reports a BALANCE that no rule took.
+func (p *parser) dangling() {
+	if p.next != nil {
+		p.balanceWarning("BALANCE has no effect: no SOCKD or HTTP rule follows it")
+		p.next = nil
+	}
+}
+
+// takeBalance returns the order for a rule.
+func (l *line) takeBalance(r *Rule) Strategy {
+	if l.next == nil {
+		return l.sticky
+	}
+	if !r.Action.proxied() {
+		if !l.next.passed {
+			l.balanceWarning("BALANCE is followed by %s; it applies to the next SOCKD or HTTP rule", r.Action)
+			l.next.passed = true
+		}
+		return First
+	}
+	if len(r.Servers) == 1 {
+		l.balanceWarning("BALANCE with a single server has no effect")
+	}
+	mode := l.next.mode
+	l.next = nil
+	return mode
+}
+
+func (l *line) strategy(t token, value string) (Strategy, bool) {
+	switch strings.ToLower(value) {
+	case "random":
+		return Random, true
+	case "first":
+		return First, true
+	case "roundrobin", "hash", "leastload":
+		l.unsupported(t, "balance="+strings.ToLower(value)+"; random and first are")
+	default:
+		l.errorf(t, "E29", "%q is no order; use random or first", value)
+	}
+	return First, false
+}
+
+func (l *line) defaultAction(t token) {
+	w, ok := l.word()
+	r := &Rule{File: l.file, Line: t.line, Text: l.text(), Default: true}
+	switch {
+	case ok && strings.EqualFold(w.text, "DENY"):
+	case ok && strings.EqualFold(w.text, "DIRECT"):
+		r.Action = Direct
+	default:
+		l.errorf(w, "E29", "DEFAULT is DENY or DIRECT; for servers write SOCKD5 @=servers * as the last rule")
+		return
+	}
+	l.options(r)
+	if r.conditional() || r.By != ByAny {
+		l.errorf(t, "E29", "DEFAULT takes no condition; write a rule with the destination *")
+	}
+	if l.defaultRule != nil {
+		l.errorf(t, "E29", "DEFAULT is given twice; the first is %s", l.defaultRule.Position())
+		return
+	}
+	l.defaultRule = r
+}
+
+func (l *line) resolve(t token) {
+	r := &resolveRule{file: l.file, line: t.line}
+	w, ok := l.word()
+	switch strings.ToLower(w.text) {
+	case "local":
+		r.mode = ResolveLocal
+	case "remote":
+		r.mode = ResolveRemote
+	case "local-then-remote":
+		r.mode = ResolveLocalFirst
+	default:
+		if ok {
+			l.errorf(w, "E29", "%q is no way to resolve; use local, remote or local-then-remote", w.text)
+		} else {
+			l.errorf(w, "E29", "RESOLVE local|remote|local-then-remote PATTERN")
+		}
+		return
+	}
+	w, ok = l.word()
+	if !ok {
+		l.errorf(w, "E02", "missing name or pattern after RESOLVE %s", l.tokens[1].text)
+		return
+	}
+	if w.text == "*" {
+		r.all = true
+	} else {
+		name, suffix, ok := l.pattern(w, w.text)
+		if !ok {
+			return
+		}
+		r.name, r.suffix = name, suffix
+	}
+	l.done()
+	l.resolves = append(l.resolves, r)
+}
+
+// pairs reads KEY=VALUE words.
+func (l *line) pairs(t token, set func(t token, key, value string)) {
+	if len(l.rest) == 0 {
+		l.errorf(t.end(), "E29", "%s without KEY=VALUE", strings.ToUpper(t.text))
+	}
+	for {
+		w, ok := l.word()
+		if !ok {
+			return
+		}
+		key, value, ok := strings.Cut(w.text, "=")
+		if !ok || value == "" {
+			l.errorf(w, "E29", "%q is not KEY=VALUE", w.text)
+			continue
+		}
+		set(w, strings.ToLower(key), value)
+	}
+}
+
+func (l *line) timeout(t token) {
+	l.pairs(t, func(w token, key, value string) {
+		to := map[string]*time.Duration{
+			"connect": &l.limits.Connect, "handshake": &l.limits.Handshake, "idle": &l.limits.Idle,
+			"halfclosed": &l.limits.HalfClosed, "dns": &l.limits.DNS,
+		}[key]
+		switch {
+		case key == "udp":
+			l.unsupported(w, "TIMEOUT udp=")
+		case to == nil:
+			l.errorf(w, "E29", "no time limit %q; there are connect, handshake, idle, halfclosed, udp, dns", key)
+		default:
+			l.duration(w, value, to)
+		}
+	})
+}
+
+// duration reads "30s", "5m" or a number of seconds.
+func (l *line) duration(t token, value string, to *time.Duration) {
+	d, err := time.ParseDuration(value)
+	if n, numErr := strconv.ParseUint(value, 10, 31); numErr == nil {
+		d, err = time.Duration(n)*time.Second, nil
+	}
+	if err != nil || d < time.Millisecond || d > 1000*time.Hour {
+		l.errorf(t, "E29", "%q is no duration between 1ms and 1000h, as 30s, 5m, 2h or a number of seconds", value)
+		return
+	}
+	*to = d
+}
+
+func (l *line) healthLine(t token) {
+	l.pairs(t, func(w token, key, value string) {
+		switch key {
+		case "maxfail":
+			n, err := strconv.ParseUint(value, 10, 16)
+			if err != nil || n == 0 {
+				l.errorf(w, "E29", "maxfail is a number of faults between 1 and 65535")
+				return
+			}
+			l.health.MaxFail = int(n)
+		case "badexpire":
+			l.duration(w, value, &l.health.BadExpire)
+		case "interval", "probe":
+			l.unsupported(w, "HEALTH "+key+"=")
+		default:
+			l.errorf(w, "E29", "HEALTH has no %q; there are maxfail, badexpire, interval, probe", key)
+		}
+	})
+}
+
+func (l *line) module(t token) {
+	if _, ok := l.word(); !ok {
+		l.errorf(t.end(), "E29", "%s without a module", strings.ToUpper(t.text))
+		return
+	}
+	l.done()
+	l.warnf(t, "E27", "%s names Windows programs and has no effect here", strings.ToUpper(t.text))
+}

@@ -1,0 +1,379 @@
+package routes
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// parse reads rules in which INCLUDE and LIST find nothing but files.
+func parse(text string, files map[string]string) (*Table, Diagnostics) {
+	return Parse("socks.cnf", strings.NewReader(text), Options{Open: func(path string) (io.ReadCloser, error) {
+		if text, ok := files[path]; ok {
+			return io.NopCloser(strings.NewReader(text)), nil
+		}
+		return nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
+	}})
+}
+
+// mustParse reads rules without an error.
+func mustParse(t testing.TB, lines ...string) *Table {
+	t.Helper()
+	table, ds := parse(strings.Join(lines, "\n"), nil)
+	if ds.HasErrors() {
+		t.Fatal(ds.Error())
+	}
+	return table
+}
+
+// short returns diagnostics as "LINE:COL CODE", an exclamation mark for errors.
+func short(ds Diagnostics) []string {
+	var out []string
+	for _, d := range ds {
+		s := fmt.Sprintf("%d:%d %s", d.Line, d.Col, d.Code)
+		if d.Severity == Error {
+			s += "!"
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+func TestDiagnostics(t *testing.T) {
+	tests := []struct {
+		text string
+		want string // LINE:COL CODE[!] …
+		msg  string // part of the first message
+	}{
+		{"SOCKS5 @=10.0.4.1 *", "1:1 E01!", `unknown directive "SOCKS5"; did you mean SOCKD5?; this looks like a NEC or Dante file`},
+		{"DIRCET *", "1:1 E01!", "did you mean DIRECT?"},
+		{"noproxy 10. -", "1:1 E01!", "NEC or Dante"},
+		{"SOCKD5 @=10.0.4.1", "1:18 E02!", "missing destination after SOCKD5 @=10.0.4.1"},
+		{"DENY", "1:5 E02!", "missing destination after DENY"},
+		{"DENY proto=udp", "1:6 E02!", "missing destination after DENY; write *"},
+		{"DIRECT 10.0.0.", "1:8 E03!", `"10.0.0." is not an address (a NEC style prefix? write 10.0.0.0/24)`},
+		{"DIRECT 10.0.0.256", "1:8 E03!", "is not an address"},
+		{"DIRECT 10.0.0.0/33", "1:8 E03!", "from 0 to 32"},
+		{"DIRECT fe80::1%eth0", "1:8 E03!", "is not an address"},
+		{"DIRECT ::ffff:0:0/95", "1:8 E03!", "IPv4"},
+		{"DIRECT 10.0.0.9-10.0.0.1", "1:8 E03!", "reversed"},
+		{"DIRECT 0.0.0.0/0 0.0.0.0", "1:18 E04", "one is enough"},
+		{"DIRECT 10.0.0.0/8 255.255.0.0", "1:19 E04!", "contradict"},
+		{"DIRECT 10.0.0.0 0.0.0.255", "1:17 E05!", "did you mean 255.255.255.0?"},
+		{"DIRECT 10.0.0.0 255.0.255.0", "1:17 E05!", "not contiguous"},
+		{"DIRECT 10.0.0.0 255.256.0.0", "1:17 E05!", "not a mask"},
+		{"DIRECT 10.0.0.0", "1:8 E06", "taken as the host"},
+		{"DIRECT 10.1.2.3 255.0.0.0", "1:8 E07", "masked to 10.0.0.0"},
+		{"DIRECT fd00::1/8", "1:8 E07", "masked to fd00::"},
+		{"DENY * eq htpp", "1:11 E08!", `port "htpp" is neither a number nor a service`},
+		{"DENY * 80,htpp", "1:11 E08!", `"htpp"`},
+		{"DENY * eq 70000", "1:11 E09!", "out of range 1-65535"},
+		{"DENY * 0-3", "1:8 E09!", "out of range"},
+		{"DENY * 80,90-80", "1:11 E09!", "reversed"},
+		{"DENY * gt 65535", "1:11 E09!", "no port"},
+		{"DENY * eq", "1:8 E10!", `operator "eq" without a port`},
+		{"DENY * >= proto=tcp", "1:8 E10!", `operator ">=" without a port`},
+		{"DENY * >1023", "1:8 E10!", "blank between"},
+		{"SOCKD5 @=10.0.3.1, 10.0.3.2 *", "1:8 E11!", `near "10.0.3.1, 10.0.3.2"`},
+		{"SOCKD5 @=10.0.3.1 ,10.0.3.2 *", "1:8 E11!", `near "10.0.3.1 ,10.0.3.2"`},
+		{"SERVER int1 10.0.3.1\nSERVER int2 10.0.3.2\nSOCKD5 @=int1,int3 *", "3:15 E12!", `server "int3" is not defined (SERVER lines: int1, int2)`},
+		{"SOCKD5 @=int3 *", "1:10 E12!", "there is no SERVER line"},
+		{"DIRECT $lan", "1:8 E12!", `LIST "lan" is not defined`},
+		{"DIRECT * src=$lan", "1:10 E12!", `LIST "lan"`},
+		{"SOCKD5 *", "1:7 E13!", "SOCKD5 without @= and no DEFAULT-SERVER"},
+		{"SERVER a 10.0.0.1\nSOCKD5 @=a>a *", "2:12 E14!", "twice"},
+		{"BALANCE\nDIRECT 10.0.0.0/8\nSOCKD5 @=10.0.3.1,10.0.3.2 *", "1:1 E15", "BALANCE is followed by DIRECT"},
+		{"BALANCE\nSOCKD5 @=10.0.3.1 *", "1:1 E15", "single server"},
+		{"BALANCE\nDIRECT *", "1:1 E15 1:1 E15", "followed by DIRECT"},
+		{"SOCKD4 @=10.0.9.9 *.legacy.example", "1:1 E28! 1:19 E16!", ""},
+		{"SOCKD4 @=10.0.9.9 2001:db8::/32", "1:1 E28! 1:19 E17!", ""},
+		{"SOCKD4 @=10.0.9.9 * proto=udp", "1:1 E28! 1:21 E17!", ""},
+		{"HTTP @=10.0.9.9:3128 * proto=udp", "1:1 E28! 1:24 E17!", ""},
+		{"HTTP @=10.0.9.9 * eq 21 bind=ftp", "1:1 E28! 1:25 E28! 1:25 E18!", ""},
+		{"SOCKD5 @=10.0.4.1>10.0.4.2 * proto=udp", "1:8 E19! 1:8 E28!", "10.0.4.2 is reached through 10.0.4.1"},
+		{"SERVER int1 10.0.3.1 auth=userpass", "1:22 E20!", "no credential"},
+		{"SERVER int1 10.0.3.1 auth=none credential=x", "1:22 E20!", "auth=none"},
+		{"DENY * : /bin/mail root", "1:8 E21!", "is not run"},
+		{"SOCKD5 @=10.0.4.1 *\nDENY 10.0.0.0/8 eq 25", "2:1 E22", "covered by socks.cnf:1: SOCKD5 @=10.0.4.1 *"},
+		{"DIRECT *=root,backup *", "1:8 E23 1:8 E28!", "processes of this machine"},
+		{"INCLUDE missing.cnf", "1:9 E24!", "cannot read missing.cnf: file does not exist"},
+		{"INCLUDE socks.cnf", "1:9 E24!", "includes itself"},
+		{"LIST lan file=missing", "1:10 E24!", "cannot read missing"},
+		{"DENY \x00*", "1:6 E25!", "NUL byte"},
+		{"DENY \xff*", "1:6 E25!", "not UTF-8"},
+		{"DENY " + strings.Repeat("x", maxLine), "1:1 E25!", "longer than"},
+		{"DENY *foo.org", "1:6 E26!", `"*foo.org": a star is allowed only as the first label`},
+		{"DENY foo.*.org", "1:6 E26!", "a star"},
+		{"DENY foo..org", "1:6 E26!", "empty label"},
+		{"DENY bücher.example", "1:6 E26!", "xn--"},
+		{"BIND-MODULE wsftp", "1:1 E27", "no effect"},
+		{"EXCLUDE-MODULE outlook", "1:1 E27", "no effect"},
+
+		// What is not built yet says so.
+		{"SOCKD @=10.0.9.9 10.64.0.0/10", "1:1 E28!", "not supported yet: SOCKD"},
+		{"SOCKD4A @=10.0.9.9 *", "1:1 E28!", "SOCKD4A"},
+		{"SOCKD5 @=10.0.4.1>10.0.4.2 *", "1:8 E28!", "chains"},
+		{"GSS 2", "1:1 E28!", "GSS"},
+		{"DENY * reject=drop", "1:8 E28!", "reject=drop"},
+		{"DENY * reject=icmp", "1:8 E28!", "without proto=udp"},
+		{"DIRECT * uid=root", "1:10 E28!", "uid="},
+		{"DIRECT * gid=5 cgroup=/a mark=0x10 cmd=connect,udp", "1:10 E28! 1:16 E28! 1:26 E28! 1:36 E28!", ""},
+		{"DIRECT * auth=none resolve=local bind=ftp udp=deny timeout=3s", "1:10 E28! 1:20 E28! 1:34 E28! 1:43 E28! 1:52 E28!", ""},
+		{"DIRECT * mac=00:00:5e:00:53:01 via=eth0", "1:10 E28! 1:32 E28!", ""},
+		{"SOCKD5 @=10.0.0.1,10.0.0.2 * balance=hash", "1:30 E28!", "balance=hash"},
+		{"BALANCE leastload", "1:9 E28!", "leastload"},
+		{"SERVER a 10.0.0.1 type=http tls sni=a udp=zero gss-service=x gss-level=1 source=10.0.0.2 if=eth0",
+			"1:19 E28! 1:29 E28! 1:33 E28! 1:39 E28! 1:48 E28! 1:62 E28! 1:74 E28! 1:90 E28!", ""},
+		{"SERVER a 10.0.0.1 auth=gssapi pipeline=data", "1:19 E28! 1:31 E28!", ""},
+		{"TIMEOUT udp=30s", "1:9 E28!", "udp="},
+		{"HEALTH interval=1s probe=tcp", "1:8 E28! 1:20 E28!", ""},
+
+		// And all else that can be wrong with a word.
+		{"DENY * foo=1", "1:8 E29!", `unknown option "foo=1"`},
+		{"DENY * scr=10.0.0.1", "1:8 E29!", "did you mean src="},
+		{"DENY * eq 25 tag", "1:14 E29!", "write tag=WORD"},
+		{"DENY * log=1", "1:8 E29!", "write log"},
+		{"DENY * proto=sctp", "1:8 E29!", "proto=tcp, udp or any"},
+		{"DENY * proto=tcp proto=tcp", "1:18 E29!", "given twice"},
+		{"DENY * if=averyveryverylongname", "1:8 E29!", "interface"},
+		{"DENY * src=10.0.0.0/40", "1:8 E03!", "src="},
+		{"DIRECT * reject=reset", "1:10 E29!", "for DENY"},
+		{"DIRECT @=10.0.0.1 *", "1:8 E29!", "takes no servers"},
+		{"DENY www.example.org by=address", "1:22 E29!", "is a name"},
+		{"DENY 10.0.0.1 by=name", "1:15 E29!", "is an address"},
+		{"DENY * cgroup=x mark=0x123456789 cmd=jump auth=x", "1:8 E29! 1:17 E29! 1:34 E29! 1:43 E29!", ""},
+		{"DEFAULT", "1:8 E29!", "DENY or DIRECT"},
+		{"DEFAULT SOCKD5 @=10.0.0.1", "1:9 E29!", "as the last rule"},
+		{"DEFAULT DENY\nDEFAULT DIRECT", "2:1 E29!", "given twice; the first is socks.cnf:1"},
+		{"DEFAULT DIRECT proto=tcp", "1:1 E29!", "no condition"},
+		{"DEFAULT-SERVER 10.0.0.1", "1:16 E29!", "takes @="},
+		{"SERVER a", "1:9 E29!", "SERVER NAME"},
+		{"SERVER a 10.0.0.1\nSERVER a 10.0.0.2", "2:8 E29!", "the first is socks.cnf:1"},
+		{"SERVER a 2001:db8::1", "1:10 E03!", "brackets"},
+		{"SERVER a 10.0.0.1:0", "1:10 E09!", "port"},
+		{"SERVER a 0.0.0.0", "1:10 E03!", "cannot be the address"},
+		{"SERVER a 10.0.0.1 credentail=x", "1:19 E29!", "did you mean credential=?"},
+		{"RESOLVE", "1:8 E29!", "RESOLVE local|remote"},
+		{"RESOLVE localy *", "1:9 E29!", "no way to resolve"},
+		{"RESOLVE local", "1:14 E02!", "missing name"},
+		{"RESOLVE local * x", "1:17 E29!", "too much"},
+		{"TIMEOUT connect=0s", "1:9 E29!", "no duration"},
+		{"TIMEOUT", "1:8 E29!", "without KEY=VALUE"},
+		{"TIMEOUT foo=1s", "1:9 E29!", "no time limit"},
+		{"HEALTH maxfail=0", "1:8 E29!", "maxfail"},
+		{"LIST lan", "1:1 E29!", "LIST NAME"},
+		{"LIST lan 10.0.0.0/8\nLIST lan fd00::/8", "2:6 E29!", "given twice"},
+		{"LIST l *.example.org\nDENY * src=$l", "2:8 E29!", "addresses alone"},
+		{"DIRECT 10.0.0.0/8 80", "1:19 W01", "taken as eq 80"},
+		{"DIRECT 10.0.0.0/8 80 443", "1:19 W01 1:22 E29!", "taken as eq 80"},
+	}
+	seen := map[string]bool{}
+	for _, tt := range tests {
+		table, ds := parse(tt.text, nil)
+		if got := strings.Join(short(ds), " "); got != tt.want {
+			t.Errorf("%q:\n got %s\nwant %s\n%s", tt.text, got, tt.want, ds.Error())
+			continue
+		}
+		if !strings.Contains(ds[0].Msg, tt.msg) {
+			t.Errorf("%q: %q does not say %q", tt.text, ds[0].Msg, tt.msg)
+		}
+		if (table == nil) != ds.HasErrors() {
+			t.Errorf("%q: a table in spite of errors, or none without", tt.text)
+		}
+		for _, d := range ds {
+			seen[d.Code] = true
+		}
+	}
+	for n := 1; n <= 29; n++ {
+		if code := fmt.Sprintf("E%02d", n); !seen[code] {
+			t.Errorf("no case for %s", code)
+		}
+	}
+}
+
+func TestAllErrorsInOneRunInTheOrderOfTheFiles(t *testing.T) {
+	_, ds := parse("DENY *foo\nINCLUDE more.cnf\nDENY * eq\nSERVER a\nSOCKD5 @=b 10.0.0. 80 \\\n  foo=1", map[string]string{
+		"more.cnf": "SOCKD6 *\nDENY 1.2.3.4 0.0.0.255",
+	})
+	var got []string
+	for _, d := range ds {
+		got = append(got, fmt.Sprintf("%s:%d:%d %s", d.File, d.Line, d.Col, d.Code))
+	}
+	want := []string{
+		"socks.cnf:1:6 E26", "more.cnf:1:1 E01", "more.cnf:2:14 E05", "socks.cnf:3:8 E10", "socks.cnf:4:9 E29",
+		"socks.cnf:5:10 E12", "socks.cnf:5:12 E03", "socks.cnf:5:20 W01", "socks.cnf:6:3 E29",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff, ds.Error())
+	}
+	if s := ds[0].String(); !strings.HasPrefix(s, "socks.cnf:1:6: error E26: ") {
+		t.Error(s)
+	}
+}
+
+func TestIncludeDepth(t *testing.T) {
+	files := map[string]string{}
+	for i := range 20 {
+		files[fmt.Sprintf("%d.cnf", i)] = fmt.Sprintf("INCLUDE %d.cnf", i+1)
+	}
+	_, ds := parse("INCLUDE 0.cnf", files)
+	if len(ds) != 1 || ds[0].Code != "E24" || ds[0].File != "7.cnf" {
+		t.Error(ds.Error())
+	}
+	// Many files that each include many others come to an end.
+	for i := range 20 {
+		files[fmt.Sprintf("%d.cnf", i)] = strings.Repeat(fmt.Sprintf("INCLUDE %d.cnf\n", i+1), 50)
+	}
+	if _, ds = parse("INCLUDE 0.cnf", files); !ds.HasErrors() {
+		t.Error("no error")
+	}
+}
+
+func TestFixtures(t *testing.T) {
+	tests := []struct {
+		file  string
+		warns []string
+	}{
+		{"testdata/socks.cnf", nil},
+		{"testdata/socks.cnf-verbatim", []string{"7:38 E04", "7:46 W01"}},
+	}
+	for _, tt := range tests {
+		table, ds := ParseFile(tt.file, Options{})
+		if got := short(ds); !slices.Equal(got, tt.warns) {
+			t.Errorf("%s: %v, want %v", tt.file, got, tt.warns)
+			continue
+		}
+		if n := len(table.Rules()); n != 5 {
+			t.Errorf("%s: %d rules, want 4 and the DEFAULT", tt.file, n)
+		}
+		last := table.Rules()[3]
+		if last.Action != Socks5 || last.Balance != Random || len(last.Servers) != 2 || last.Ports[0] != (PortRange{80, 80}) {
+			t.Errorf("%s: %+v", tt.file, last)
+		}
+		if d := table.Rules()[4]; d.Action != Deny || !d.Default || d.Position() != "DEFAULT" {
+			t.Errorf("%s: DEFAULT is %+v", tt.file, d)
+		}
+	}
+	if _, ds := ParseFile("testdata/none", Options{}); len(ds) != 1 || ds[0].Code != "E24" {
+		t.Error(ds)
+	}
+}
+
+func TestServers(t *testing.T) {
+	table := mustParse(t,
+		"SOCKD5 @=int1,10.0.9.9,[2001:db8::9]:1081,proxy.example:99 192.0.2.0/24", // before the SERVER line
+		"SERVER int1 10.0.3.1:1082 auth=userpass credential=office pipeline=greeting",
+		"SERVER int2 Proxy.Example.Org",
+		"DEFAULT-SERVER @=int2,10.0.9.9",
+		"PROXY_NAME @=int1",
+		"BALANCE ON",
+		"SOCKD5 *.example.org",
+		"SOCKD5 *.example.net balance=first",
+		"BALANCE OFF",
+		"SOCKD5 @=int2 *.example.com",
+		"TIMEOUT connect=3 handshake=4s idle=1h halfclosed=5m dns=1500ms",
+		"HEALTH maxfail=3 badexpire=10s",
+	)
+	r := table.Rules()
+	var got []string
+	for _, c := range r[0].Servers {
+		s := c[0]
+		got = append(got, fmt.Sprintf("%s|%s|%s|%s|%d", c, s.Host, s.AddrPort(), s.Credential, s.Pipeline))
+	}
+	want := []string{
+		"int1||10.0.3.1:1082|office|1", "10.0.9.9||10.0.9.9:1080||0", "[2001:db8::9]:1081||[2001:db8::9]:1081||0",
+		"proxy.example:99|proxy.example|invalid AddrPort||0",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	if r[1].Servers[0].String() != "int2" || r[1].Servers[1][0] != r[0].Servers[1][0] || r[1].Balance != Random {
+		t.Errorf("the default list: %+v", r[1])
+	}
+	if r[2].Balance != First || r[3].Balance != First || r[0].Balance != First {
+		t.Error("balance=first, BALANCE OFF")
+	}
+	if s := r[1].Servers[0][0]; s.Host != "proxy.example.org" || s.Port != 1080 {
+		t.Errorf("%+v", s)
+	}
+	if n := len(table.FirstHops()); n != 5 {
+		t.Errorf("%d first hops", n)
+	}
+	if l := table.Limits(); l.Connect.Seconds() != 3 || l.Handshake.Seconds() != 4 || l.Idle.Hours() != 1 || l.HalfClosed.Minutes() != 5 || l.DNS.Milliseconds() != 1500 {
+		t.Errorf("%+v", l)
+	}
+	if h := table.Health(); h.MaxFail != 3 || h.BadExpire.Seconds() != 10 {
+		t.Errorf("%+v", h)
+	}
+	if table.ProxyName()[0].String() != "int1" {
+		t.Error(table.ProxyName())
+	}
+}
+
+func TestLexer(t *testing.T) {
+	table := mustParse(t,
+		"\ufeff# a comment",
+		"\tdirect   10.0.0.0/8  # another",
+		"Deny * \\",
+		"   eq 25 \\",
+		"   tag=a#b\r",
+		"",
+		"   \\",
+		"deny *.example.org \\",
+	)
+	var got []string
+	for _, r := range table.Rules() {
+		got = append(got, fmt.Sprintf("%s %s %s", r.Position(), r.Text, r.Tag))
+	}
+	want := []string{
+		"socks.cnf:2 direct 10.0.0.0/8 ", "socks.cnf:3 Deny * eq 25 tag=a#b a#b",
+		"socks.cnf:8 deny *.example.org ", "DEFAULT DEFAULT DENY ",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestReadFails(t *testing.T) {
+	_, ds := Parse("socks.cnf", io.MultiReader(strings.NewReader("DENY *\nDI"), failing{}), Options{})
+	if !slices.ContainsFunc(ds, func(d Diagnostic) bool { return d.Code == "E24" && strings.Contains(d.Msg, "the disk is gone") }) {
+		t.Error(ds)
+	}
+}
+
+type failing struct{}
+
+func (failing) Read([]byte) (int, error) { return 0, errors.New("the disk is gone") }
+
+func FuzzParse(f *testing.F) {
+	for _, name := range []string{"testdata/socks.cnf", "testdata/socks.cnf-verbatim"} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(b))
+	}
+	f.Add("SERVER a [::1]:99 credential=x\nLIST l 10.0.0.0/8 *.x ::/0\nSOCKD5 @=a $l ne 53 src=$l if=a,b by=name log\nDEFAULT DIRECT\nRESOLVE local .x")
+	f.Add("direct 10.0.0.0-10.0.0.77 http-alt,1-2 \\\n proto=udp : x")
+	f.Fuzz(func(t *testing.T, text string) {
+		table, ds := parse(text, map[string]string{"a": text, "b": "DENY *"})
+		if (table == nil) != ds.HasErrors() {
+			t.Fatalf("table %v with %v", table, ds)
+		}
+		for _, d := range ds {
+			if d.Line < 1 || d.Col < 1 || d.Msg == "" || d.File == "" {
+				t.Fatalf("%+v", d)
+			}
+		}
+		if table != nil {
+			checkKernel(t, table, 20)
+		}
+	})
+}

@@ -1,0 +1,330 @@
+package routes
+
+import (
+	"encoding/hex"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// rule reads a line that decides flows.
+func (l *line) rule(t token, action Action) {
+	r := &Rule{File: l.file, Line: t.line, Text: l.text(), Action: action, col: t.col, number: l.diags.current}
+	l.leading(r, t)
+	at, ok := l.word()
+	switch {
+	case !ok || at.text == ":":
+		l.errorf(at, "E02", "missing destination after %s", l.textBefore(at))
+		return
+	case isOption(at.text):
+		l.errorf(at, "E02", "missing destination after %s; write * for any", l.textBefore(at))
+		l.rest = slices.Insert(l.rest, 0, at)
+	default:
+		r.dest = l.destination(at)
+		r.Ports = l.ports(at)
+	}
+	set := l.options(r)
+	l.carries(r, at, set)
+	r.restrict()
+	if r.By == ByName && r.dest.noName() {
+		l.errorf(set["by"], "E29", "by=name, but %s is an address", at.text)
+	}
+	if r.By == ByAddress && len(r.dest.prefixes) == 0 {
+		l.errorf(set["by"], "E29", "by=address, but %s is a name", at.text)
+	}
+	r.Balance = l.takeBalance(r)
+	if s, ok := set["balance"]; ok {
+		if _, value, _ := strings.Cut(s.text, "="); strings.EqualFold(value, "random") {
+			r.Balance = Random
+		} else {
+			r.Balance = First
+		}
+	}
+	l.rules = append(l.rules, r)
+}
+
+// textBefore returns the words before t.
+func (l *line) textBefore(t token) string {
+	var words []string
+	for _, w := range l.tokens {
+		if w.line == t.line && w.col == t.col {
+			break
+		}
+		words = append(words, w.text)
+	}
+	return strings.Join(words, " ")
+}
+
+// restrict applies by= to the destination.
+func (r *Rule) restrict() {
+	switch r.By {
+	case ByName:
+		r.dest.prefixes = nil
+	case ByAddress:
+		r.dest.anyName, r.dest.names, r.dest.suffixes = false, nil, nil
+	}
+}
+
+func (d *dest) noName() bool { return !d.anyName && len(d.names)+len(d.suffixes) == 0 }
+
+// leading reads the words with @= and *= before the destination.
+func (l *line) leading(r *Rule, action token) {
+	var servers bool
+	for len(l.rest) > 0 {
+		t := l.rest[0]
+		switch {
+		case strings.HasPrefix(t.text, "@="):
+			l.word()
+			if servers {
+				l.errorf(t, "E29", "@= is given twice")
+			}
+			servers = true
+			if !r.Action.proxied() {
+				l.errorf(t, "E29", "%s takes no servers", r.Action)
+			}
+			r.Servers = l.serverList(t, r.Action)
+		case strings.HasPrefix(t.text, "*="):
+			l.word()
+			l.warnf(t, "E23", "*=users matches only processes of this machine; such a rule never matches forwarded traffic")
+			l.unsupported(t, "*=users")
+		default:
+			goto end
+		}
+	}
+end:
+	if !r.Action.proxied() {
+		r.Servers = nil
+		return
+	}
+	if !servers {
+		if r.Servers = l.defaultServer; r.Servers == nil {
+			l.errorf(action.end(), "E13", "%s without @= and no DEFAULT-SERVER", r.Action)
+		}
+	}
+}
+
+// carries reports what the protocol of the rule cannot do.
+func (l *line) carries(r *Rule, at token, set map[string]token) {
+	v6 := slices.ContainsFunc(r.dest.prefixes, func(p netip.Prefix) bool { return p.Addr().Is6() && p.Bits() > 0 })
+	chained := slices.IndexFunc(r.Servers, func(c Chain) bool { return len(c) > 1 })
+	switch r.Action {
+	case Socks4:
+		if r.ownName() {
+			l.errorf(at, "E16", "SOCKD4 cannot carry a name; add RESOLVE local for %s or use SOCKD4A or SOCKD5", at.text)
+		}
+		fallthrough
+	case Socks4A:
+		if v6 {
+			l.errorf(at, "E17", "%s cannot carry IPv6", r.Action)
+		}
+		fallthrough
+	case HTTP:
+		if r.Protocols == OnlyUDP {
+			l.errorf(set["proto"], "E17", "%s cannot carry UDP", r.Action)
+		}
+	}
+	if bind, ok := set["bind"]; ok && r.Action == HTTP {
+		l.errorf(bind, "E18", "HTTP cannot carry bind")
+	}
+	if _, bind := set["bind"]; chained >= 0 && (bind || r.Protocols == OnlyUDP) {
+		c := r.Servers[chained]
+		l.errorf(l.tokens[1], "E19", "chain %s: %s is reached through %s, and neither UDP nor BIND can be chained; TCP only", c, c[len(c)-1].Name, c[0].Name)
+	}
+	switch {
+	case r.Action.proxied() && r.Action != Socks5:
+		l.unsupported(l.tokens[0], r.Action.String())
+	case chained >= 0:
+		l.unsupported(l.tokens[1], "chains")
+	}
+}
+
+// optionWords are the options of a rule; false: not supported yet.
+var optionWords = map[string]bool{
+	"src": true, "if": true, "proto": true, "by": true, "reject": true, "balance": true, "tag": true, "log": true,
+	"uid": false, "gid": false, "cgroup": false, "mark": false, "cmd": false, "auth": false, "resolve": false,
+	"bind": false, "udp": false, "timeout": false, "mac": false, "via": false,
+}
+
+// isOption tells whether a word can only be an option.
+func isOption(word string) bool {
+	_, isOperator := operators[strings.ToLower(word)]
+	key, _, ok := strings.Cut(word, "=")
+	return ok && key != "" && !isOperator && word[0] != '<' && word[0] != '>' && word[0] != '!'
+}
+
+// options reads the rest of a rule and returns which options it has.
+func (l *line) options(r *Rule) map[string]token {
+	set := map[string]token{}
+	for {
+		t, ok := l.word()
+		if !ok {
+			return set
+		}
+		if t.text == ":" {
+			l.errorf(t, "E21", "the shell command after %q is not run; rule refused", ":")
+			return set
+		}
+		key, value, hasValue := strings.Cut(t.text, "=")
+		key = strings.ToLower(key)
+		supported, known := optionWords[key]
+		switch _, twice := set[key]; {
+		case !known:
+			l.unknownOption(t, key, hasValue)
+			continue
+		case twice:
+			l.errorf(t, "E29", "%s is given twice", key)
+			continue
+		case hasValue == (key == "log"), hasValue && value == "":
+			l.errorf(t, "E29", "%q: write %s", t.text, optionForms[key])
+			continue
+		}
+		set[key] = t
+		if supported {
+			l.option(r, t, key, value)
+		} else {
+			l.laterOption(t, key, value)
+		}
+	}
+}
+
+// optionForms say how options are written.
+var optionForms = map[string]string{
+	"src": "src=10.0.0.0/8,10.1.2.3", "if": "if=lan0,lan1", "proto": "proto=tcp, udp or any", "by": "by=name or address",
+	"reject": "reject=reset, icmp, drop, dns-refused or dns-nxdomain", "balance": "balance=random or first",
+	"tag": "tag=WORD", "log": "log", "uid": "uid=user,1000", "gid": "gid=group,1000", "cgroup": "cgroup=/path", "mark": "mark=0x1",
+	"cmd": "cmd=connect,bind,udp", "auth": "auth=none, userpass, gssapi or any", "resolve": "resolve=local, remote or local-then-remote",
+	"bind": "bind=off or ftp", "udp": "udp=socks, deny or direct", "timeout": "timeout=30s", "mac": "mac=00:00:5e:00:53:01", "via": "via=interface",
+}
+
+func (l *line) unknownOption(t token, key string, hasValue bool) {
+	words := make([]string, 0, len(optionWords))
+	for w := range optionWords {
+		words = append(words, w)
+	}
+	slices.Sort(words)
+	if w := closest(key, words); w != "" {
+		l.errorf(t, "E29", "unknown option %q; did you mean %s?", t.text, optionForms[w])
+	} else if hasValue {
+		l.errorf(t, "E29", "unknown option %q; there are %s", t.text, strings.Join(words, ", "))
+	} else {
+		l.errorf(t, "E29", "%q is too much here: neither a port nor an option", t.text)
+	}
+}
+
+// option applies one that has an effect.
+func (l *line) option(r *Rule, t token, key, value string) {
+	oneOf := func(words ...string) int {
+		i := slices.Index(words, strings.ToLower(value))
+		if i < 0 {
+			l.errorf(t, "E29", "%q: write %s", t.text, optionForms[key])
+		}
+		return max(i, 0)
+	}
+	switch key {
+	case "log":
+		r.Log = true
+	case "tag":
+		r.Tag = value
+	case "proto":
+		r.Protocols = Protocols(oneOf("any", "tcp", "udp"))
+	case "by":
+		r.By = By(oneOf("any", "name", "address"))
+	case "balance":
+		if !r.Action.proxied() {
+			l.errorf(t, "E29", "%s has no servers to balance", r.Action)
+		}
+		l.strategy(t, value)
+	case "reject":
+		l.reject(r, t, value)
+	case "if":
+		for _, name := range strings.Split(value, ",") {
+			if name == "" || len(name) > 15 || strings.ContainsAny(name, "/:*\"") {
+				l.errorf(t, "E29", "%q is not the name of an interface", name)
+				continue
+			}
+			r.Ifs = append(r.Ifs, name)
+		}
+		slices.Sort(r.Ifs)
+		r.Ifs = slices.Compact(r.Ifs)
+	case "src":
+		r.Src = l.sources(t, value)
+	}
+}
+
+func (l *line) reject(r *Rule, t token, value string) {
+	if r.Action != Deny {
+		l.errorf(t, "E29", "reject= is for DENY, not for %s", r.Action)
+		return
+	}
+	switch strings.ToLower(value) {
+	case "reset":
+	case "dns-refused":
+		r.Reject = RejectRefused
+	case "dns-nxdomain":
+		r.Reject = RejectNXDomain
+	case "icmp":
+		// What is not TCP is refused with ICMP anyway.
+		if !slices.ContainsFunc(l.tokens, func(t token) bool { return strings.EqualFold(t.text, "proto=udp") }) {
+			l.unsupported(t, "reject=icmp without proto=udp; TCP is refused with a reset")
+		}
+	case "drop":
+		l.unsupported(t, "reject=drop")
+	default:
+		l.errorf(t, "E29", "%q: write %s", t.text, optionForms["reject"])
+	}
+}
+
+// sources reads the networks of src=.
+func (l *line) sources(t token, value string) (list []netip.Prefix) {
+	for _, word := range strings.Split(value, ",") {
+		if name, ok := strings.CutPrefix(word, "$"); ok {
+			switch known := l.lists[name]; {
+			case known == nil:
+				l.errorf(t, "E12", "LIST %q is not defined", name)
+			case len(known.dest.prefixes) == 0 || !known.dest.noName():
+				l.errorf(t, "E29", "LIST %s is not one of addresses alone", name)
+			default:
+				list = append(list, known.dest.prefixes...)
+			}
+			continue
+		}
+		p, err := parsePrefix(word)
+		if err != nil {
+			l.errorf(t, "E03", "src=: %v", err)
+			continue
+		}
+		l.hostBits(t, p, word)
+		list = append(list, p.Masked())
+	}
+	slices.SortFunc(list, netip.Prefix.Compare)
+	return slices.Compact(list)
+}
+
+// laterOption checks one whose effect comes with a later version, so that a
+// mistake in it is not found only then.
+func (l *line) laterOption(t token, key, value string) {
+	values := map[string][]string{
+		"cmd": {"connect", "bind", "udp"}, "auth": {"none", "userpass", "gssapi", "any"}, "bind": {"off", "ftp"},
+		"resolve": {"local", "remote", "local-then-remote"}, "udp": {"socks", "deny", "direct"},
+	}[key]
+	ok := true
+	switch key {
+	case "cmd":
+		for _, c := range strings.Split(strings.ToLower(value), ",") {
+			ok = ok && slices.Contains(values, c)
+		}
+	case "auth", "bind", "resolve", "udp":
+		ok = slices.Contains(values, strings.ToLower(value))
+	case "cgroup":
+		ok = value[0] == '/'
+	case "mark":
+		digits := strings.TrimPrefix(strings.ToLower(value), "0x")
+		_, err := hex.DecodeString(strings.Repeat("0", len(digits)%2) + digits)
+		ok = err == nil && len(digits) <= 8
+	}
+	if !ok {
+		l.errorf(t, "E29", "%q: write %s", t.text, optionForms[key])
+		return
+	}
+	l.unsupported(t, key+"=")
+}

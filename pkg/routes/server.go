@@ -1,0 +1,353 @@
+package routes
+
+import (
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// The port of a server that states none.
+const (
+	socksPort = 1080
+	httpPort  = 3128
+)
+
+// onlyServers reads a directive that is nothing but a server list.
+func (l *line) onlyServers(t token) []Chain {
+	w, ok := l.word()
+	if !ok || !strings.HasPrefix(w.text, "@=") {
+		l.errorf(w, "E29", "%s takes @=servers", strings.ToUpper(t.text))
+		return nil
+	}
+	chains := l.serverList(w, Socks5)
+	l.done()
+	for _, c := range chains {
+		if len(c) > 1 {
+			l.unsupported(w, "chains")
+			break
+		}
+	}
+	return chains
+}
+
+// serverList reads "@=a,b>c". A blank inside is reported once, and what stands
+// behind it is still read.
+func (l *line) serverList(t token, action Action) (chains []Chain) {
+	text := strings.TrimPrefix(t.text, "@=")
+	for len(l.rest) > 0 {
+		next := l.rest[0].text
+		open := text == "" || strings.ContainsAny(text[len(text)-1:], ",>")
+		if !open && !strings.HasPrefix(next, ",") && !strings.HasPrefix(next, ">") {
+			break
+		}
+		l.errorf(t, "E11", "blank inside the server list near %q; write @=a,b", text+" "+next)
+		l.word()
+		text += next
+	}
+	col := t.col + 2
+	for _, hop := range strings.Split(text, ",") {
+		if chain := l.chain(token{hop, t.line, col}, action); chain != nil {
+			chains = append(chains, chain)
+		}
+		col += len([]rune(hop)) + 1
+	}
+	return chains
+}
+
+// chain reads "a>b". Nil: it has been reported.
+func (l *line) chain(t token, action Action) (c Chain) {
+	col := t.col
+	ok := true
+	for _, text := range strings.Split(t.text, ">") {
+		at := token{text, t.line, col}
+		col += len([]rune(text)) + 1
+		s := l.endpoint(at, action)
+		if s == nil {
+			ok = false
+			continue
+		}
+		if slices.Contains(c, s) {
+			l.errorf(at, "E14", "chain %s passes through %s twice: proxy loop", t.text, s.Name)
+			ok = false
+		}
+		c = append(c, s)
+	}
+	if !ok {
+		return nil
+	}
+	return c
+}
+
+// endpoint finds the server that a word means: one of a SERVER line, or one
+// that is spelled out.
+func (l *line) endpoint(t token, action Action) *Server {
+	if t.text == "" {
+		l.errorf(t, "E12", "a server is missing in the list")
+		return nil
+	}
+	if s := l.defined[t.text]; s != nil {
+		return s
+	}
+	port := uint16(socksPort)
+	if action == HTTP {
+		port = httpPort
+	}
+	key := t.text + " " + strconv.Itoa(int(port))
+	if s := l.inline[key]; s != nil {
+		return s
+	}
+	if !strings.ContainsAny(t.text, ".:[") {
+		names := make([]string, 0, len(l.defined))
+		for n := range l.defined {
+			names = append(names, n)
+		}
+		slices.Sort(names)
+		known := "there is no SERVER line"
+		if len(names) > 0 {
+			known = "SERVER lines: " + strings.Join(names, ", ")
+		}
+		l.errorf(t, "E12", "server %q is not defined (%s)", t.text, known)
+		return nil
+	}
+	s := l.spelled(t, port)
+	if s != nil {
+		l.inline[key] = s
+		l.parser.servers = append(l.parser.servers, s)
+	}
+	return s
+}
+
+// spelled reads HOST, HOST:PORT, [IPV6] or [IPV6]:PORT.
+func (l *line) spelled(t token, port uint16) *Server {
+	s := &Server{Name: t.text, Port: port, File: l.file, Line: t.line, Col: t.col}
+	host, number, hasPort := t.text, "", false
+	if strings.HasPrefix(t.text, "[") {
+		inner, rest, closed := strings.Cut(t.text[1:], "]")
+		a, err := netip.ParseAddr(inner)
+		if !closed || err != nil || !a.Is6() || a.Zone() != "" || rest != "" && rest[0] != ':' {
+			l.errorf(t, "E03", "%q is not a server, as [2001:db8::1]:1080", t.text)
+			return nil
+		}
+		s.Addr = a.Unmap()
+		host, number, hasPort = "", strings.TrimPrefix(rest, ":"), rest != ""
+	} else if strings.Count(t.text, ":") > 1 {
+		l.errorf(t, "E03", "%q: an IPv6 address of a server stands in brackets, as [2001:db8::1]:1080", t.text)
+		return nil
+	} else {
+		host, number, hasPort = strings.Cut(t.text, ":")
+	}
+	if hasPort {
+		n, err := strconv.ParseUint(number, 10, 16)
+		if err != nil || n == 0 {
+			l.errorf(t, "E09", "port %q of server %q is not a number from 1 to 65535", number, t.text)
+			return nil
+		}
+		s.Port = uint16(n)
+	}
+	if host == "" {
+		if !s.Addr.IsValid() {
+			l.errorf(t, "E03", "server %q has no address", t.text)
+			return nil
+		}
+	} else if isAddressLike(host) {
+		a, err := netip.ParseAddr(host)
+		if err != nil {
+			l.errorf(t, "E03", "%q is not an address", host)
+			return nil
+		}
+		s.Addr = a
+	} else {
+		host = strings.ToLower(strings.TrimSuffix(host, "."))
+		if err := checkName(host); err != nil {
+			l.errorf(t, "E03", "%q is not a server: %v", t.text, err)
+			return nil
+		}
+		s.Host = host
+	}
+	if s.Addr.IsValid() && (s.Addr.IsUnspecified() || s.Addr.IsMulticast()) {
+		l.errorf(t, "E03", "%s cannot be the address of a server", s.Addr)
+		return nil
+	}
+	return s
+}
+
+// server reads a SERVER line.
+func (l *line) server() {
+	name, ok := l.word()
+	at, ok2 := l.word()
+	if !ok || !ok2 {
+		l.errorf(at, "E29", "SERVER NAME HOST[:PORT] [OPTION…]")
+		return
+	}
+	bad := strings.ContainsAny(name.text, ",>@=:[]$*")
+	if bad {
+		l.errorf(name, "E29", "%q cannot name a server: letters, digits, dots, dashes", name.text)
+	}
+	s := l.serverOptions(at)
+	if s == nil || bad {
+		return
+	}
+	s.Name, s.Col = name.text, name.col
+	if known := l.defined[name.text]; known != nil {
+		l.errorf(name, "E29", "SERVER %s is given twice; the first is %s:%d", name.text, known.File, known.Line)
+		return
+	}
+	l.defined[name.text] = s
+	l.parser.servers = append(l.parser.servers, s)
+}
+
+// serverOptions reads what follows a SERVER's name.
+func (l *line) serverOptions(at token) *Server {
+	port := uint16(socksPort)
+	if slices.ContainsFunc(l.rest, func(t token) bool { return strings.EqualFold(t.text, "type=http") }) {
+		port = httpPort
+	}
+	s := l.spelled(at, port)
+	valid := s != nil
+	if !valid {
+		s = &Server{} // the options may have mistakes of their own
+	}
+	var auth token
+	seen := map[string]bool{}
+	for {
+		t, ok := l.word()
+		if !ok {
+			break
+		}
+		key, value, hasValue := strings.Cut(t.text, "=")
+		key = strings.ToLower(key)
+		if seen[key] {
+			l.errorf(t, "E29", "%s is given twice", key)
+			continue
+		}
+		seen[key] = true
+		if hasValue == (key == "tls") || hasValue && value == "" {
+			l.errorf(t, "E29", "%q is not an option of SERVER; options are KEY=VALUE, and tls", t.text)
+			continue
+		}
+		switch lower := strings.ToLower(value); key {
+		case "type":
+			l.serverWord(t, lower, "socks5", "socks4", "socks4a", "http")
+		case "auth":
+			auth = t
+			l.serverWord(t, lower, "none", "userpass", "any", "gssapi")
+		case "credential":
+			s.Credential = value
+		case "pipeline":
+			if lower == "greeting" {
+				s.Pipeline = PipelineGreeting
+			} else {
+				l.serverWord(t, lower, "off", "data")
+			}
+		case "tls", "sni", "udp", "gss-service", "gss-level", "source", "if":
+			l.unsupported(t, "SERVER "+key)
+		default:
+			msg := "unknown option %q of SERVER"
+			if w := closest(key, []string{"type", "auth", "credential", "pipeline"}); w != "" {
+				msg += "; did you mean " + w + "=?"
+			}
+			l.errorf(t, "E29", msg, t.text)
+		}
+	}
+	switch {
+	case strings.EqualFold(auth.text, "auth=userpass") && s.Credential == "":
+		l.errorf(auth, "E20", "auth=userpass, but the server has no credential; add credential=NAME")
+	case strings.EqualFold(auth.text, "auth=none") && s.Credential != "":
+		l.errorf(auth, "E20", "auth=none, but the server has a credential")
+	}
+	if !valid {
+		return nil
+	}
+	return s
+}
+
+// serverWord checks a word of which the first ones have an effect: for type
+// one, for auth three, for pipeline one.
+func (l *line) serverWord(t token, value string, words ...string) {
+	key, _, _ := strings.Cut(strings.ToLower(t.text), "=")
+	supported := map[string]int{"type": 1, "auth": 3, "pipeline": 1}[key]
+	switch i := slices.Index(words, value); {
+	case i < 0:
+		l.errorf(t, "E29", "%q: %s is one of %s", t.text, key, strings.Join(words, ", "))
+	case i >= supported:
+		l.unsupported(t, key+"="+value)
+	}
+}
+
+// list is what a LIST line defines.
+type list struct {
+	dest dest
+	file string
+	line int
+}
+
+// list reads a LIST line.
+func (l *line) list(t token) {
+	name, ok := l.word()
+	if !ok || len(l.rest) == 0 {
+		l.errorf(t, "E29", "LIST NAME MEMBER… or LIST NAME file=PATH")
+		return
+	}
+	known := l.lists[name.text]
+	if known == nil {
+		known = &list{file: l.file, line: t.line}
+		l.lists[name.text] = known
+	} else if known.file != l.file || known.line != t.line {
+		l.errorf(name, "E29", "LIST %s is given twice; the first is %s:%d", name.text, known.file, known.line)
+		return
+	}
+	for {
+		w, ok := l.word()
+		if !ok {
+			return
+		}
+		if path, ok := strings.CutPrefix(w.text, "file="); ok {
+			l.listFile(w, path, known)
+			continue
+		}
+		known.dest.add(l.member(w))
+	}
+}
+
+// member reads one member of a list; a list cannot have lists.
+func (l *line) member(t token) dest {
+	if t.text[0] == '$' {
+		l.errorf(t, "E29", "a LIST cannot hold a LIST")
+		return dest{}
+	}
+	rest := l.rest
+	l.rest = nil // no mask may follow
+	d := l.destination(t)
+	l.rest = rest
+	return d
+}
+
+func (d *dest) add(more dest) {
+	d.prefixes = append(d.prefixes, more.prefixes...)
+	d.names = append(d.names, more.names...)
+	d.suffixes = append(d.suffixes, more.suffixes...)
+	d.anyName = d.anyName || more.anyName
+}
+
+// listFile reads members from a file, any number of them a line.
+func (l *line) listFile(t token, path string, into *list) {
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(filepath.Dir(l.file), path)
+	}
+	f, err := l.open(path)
+	if err != nil {
+		l.errorf(t, "E24", "%v", readError(path, err))
+		return
+	}
+	defer f.Close()
+	sub := &reader{diags: &l.diags, plain: true}
+	sub.read(path, f)
+	for _, s := range sub.statements {
+		members := &line{parser: l.parser, statement: s}
+		for _, t := range s.tokens {
+			into.dest.add(members.member(t))
+		}
+	}
+}

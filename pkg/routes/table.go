@@ -1,0 +1,339 @@
+package routes
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/gaissmai/bart"
+	"github.com/tproxyd/tproxyd/pkg/flow"
+)
+
+// Table is a set of rules, ready to decide. It is immutable and safe for
+// concurrent use.
+type Table struct {
+	rules     []*Rule // the last one is the DEFAULT
+	servers   []*Server
+	proxyName []Chain
+	resolves  []*resolveRule
+	limits    Limits
+	health    Health
+
+	// Where a flow's destination finds the rules that it can match, each list
+	// in the order of the rules.
+	prefixes bart.Table[*prefixNode] // by address: the longest prefix, from which parents lead on
+	names    map[string][]*Rule      // by name
+	suffixes map[string][]*Rule      // by each domain that a name is below
+	anyName  []*Rule                 // catch-alls, for every name
+	anyAddr  []*Rule                 // catch-alls, for an address that is not known
+
+	byInterface bool
+	byClient    bool
+}
+
+// prefixNode is what the rules say of one prefix.
+type prefixNode struct {
+	rules  []*Rule
+	parent *prefixNode // the next shorter prefix; nil: none
+}
+
+// build makes the Table of what was parsed.
+func (p *parser) build() *Table {
+	t := &Table{
+		servers: p.servers, proxyName: p.proxyName, resolves: p.resolves, limits: p.limits, health: p.health,
+		names: map[string][]*Rule{}, suffixes: map[string][]*Rule{},
+	}
+	last := p.defaultRule
+	if last == nil {
+		last = &Rule{Text: "DEFAULT DENY", Default: true}
+	}
+	last.dest = dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
+	t.rules = append(p.rules, last)
+	for i, r := range t.rules {
+		r.Index = i
+		if by := p.coveredBy(t, r); by != nil {
+			p.diags.current = r.number
+			p.diags.add(r.File, token{line: r.Line, col: r.col}, Warning, "E22", "rule can never match: covered by %s: %s", by.Position(), by.Text)
+		}
+		t.enter(r)
+	}
+	t.link()
+	return t
+}
+
+// enter makes a rule known where its destinations will be looked up.
+func (t *Table) enter(r *Rule) {
+	for _, p := range r.dest.prefixes {
+		t.prefixes.Modify(p, func(n *prefixNode, ok bool) (*prefixNode, bool) {
+			if !ok {
+				n = &prefixNode{}
+			}
+			n.rules = appendOnce(n.rules, r)
+			return n, false
+		})
+		if p.Bits() == 0 {
+			t.anyAddr = appendOnce(t.anyAddr, r)
+		}
+	}
+	for _, n := range r.dest.names {
+		t.names[n] = appendOnce(t.names[n], r)
+	}
+	for _, s := range r.dest.suffixes {
+		t.suffixes[s] = appendOnce(t.suffixes[s], r)
+	}
+	if r.dest.anyName {
+		t.anyName = append(t.anyName, r)
+	}
+	t.byInterface = t.byInterface || len(r.Ifs) > 0
+	t.byClient = t.byClient || r.byClient()
+}
+
+// appendOnce appends a rule that may be the last one of the list already.
+func appendOnce(list []*Rule, r *Rule) []*Rule {
+	if n := len(list); n > 0 && list[n-1] == r {
+		return list
+	}
+	return append(list, r)
+}
+
+// link leads from each prefix to the next shorter one. Sorted, a prefix comes
+// before those that it contains, so the parent is found on the stack.
+func (t *Table) link() {
+	var stack []netip.Prefix
+	var nodes []*prefixNode
+	for p, n := range t.prefixes.AllSorted() {
+		for len(stack) > 0 && !contains(stack[len(stack)-1], p) {
+			stack, nodes = stack[:len(stack)-1], nodes[:len(nodes)-1]
+		}
+		if len(nodes) > 0 {
+			n.parent = nodes[len(nodes)-1]
+		}
+		stack, nodes = append(stack, p), append(nodes, n)
+	}
+}
+
+func contains(outer, inner netip.Prefix) bool {
+	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
+}
+
+// Rules returns the rules in the order in which they apply; the last one is
+// the DEFAULT. The slice must not be changed.
+func (t *Table) Rules() []*Rule { return t.rules }
+
+// Servers returns the servers of SERVER lines and those that rules spell out.
+// The slice must not be changed.
+func (t *Table) Servers() []*Server { return t.servers }
+
+// ProxyName returns the list of PROXY_NAME; nil: there is none.
+func (t *Table) ProxyName() []Chain { return t.proxyName }
+
+// Limits returns what TIMEOUT lines state.
+func (t *Table) Limits() Limits { return t.limits }
+
+// Health returns what HEALTH lines state.
+func (t *Table) Health() Health { return t.health }
+
+// UsesInterfaces tells whether a rule asks by which interface a flow entered.
+func (t *Table) UsesInterfaces() bool { return t.byInterface }
+
+// DependsOnClient tells whether a rule asks who the client is.
+func (t *Table) DependsOnClient() bool { return t.byClient }
+
+// FirstHops returns the servers that this host itself connects to, each once.
+func (t *Table) FirstHops() []*Server {
+	var list []*Server
+	seen := map[*Server]bool{}
+	add := func(chains []Chain) {
+		for _, c := range chains {
+			if !seen[c[0]] {
+				seen[c[0]] = true
+				list = append(list, c[0])
+			}
+		}
+	}
+	for _, r := range t.rules {
+		add(r.Servers)
+	}
+	add(t.proxyName)
+	return list
+}
+
+// Match returns the rule that decides a flow: the first one that matches. The
+// DEFAULT matches everything, so it is never nil. A flow with a name has no
+// address (R3). A flow with neither is matched by catch-alls alone. The name
+// must be lower case, without a final dot.
+func (t *Table) Match(f flow.Flow) *Rule {
+	best := t.rules[len(t.rules)-1]
+	if f.Name == "" {
+		return t.matchAddr(&f, best)
+	}
+	best = first(t.anyName, &f, best)
+	best = first(t.names[f.Name], &f, best)
+	if len(t.suffixes) == 0 {
+		return best
+	}
+	for rest := f.Name; ; {
+		i := strings.IndexByte(rest, '.')
+		if i < 0 {
+			return best
+		}
+		rest = rest[i+1:]
+		best = first(t.suffixes[rest], &f, best)
+	}
+}
+
+func (t *Table) matchAddr(f *flow.Flow, best *Rule) *Rule {
+	addr := f.Dst.Addr()
+	if !addr.IsValid() {
+		return first(t.anyAddr, f, best)
+	}
+	n, _ := t.prefixes.Lookup(addr.Unmap().WithZone(""))
+	for ; n != nil; n = n.parent {
+		best = first(n.rules, f, best)
+	}
+	return best
+}
+
+// first returns the first rule of the list that matches, or best if that comes
+// before it.
+func first(list []*Rule, f *flow.Flow, best *Rule) *Rule {
+	for _, r := range list {
+		if r.Index >= best.Index {
+			break
+		}
+		if r.matchesPort(f) && r.matchesClient(f) {
+			return r
+		}
+	}
+	return best
+}
+
+func (r *Rule) matchesPort(f *flow.Flow) bool {
+	switch r.Protocols {
+	case OnlyTCP:
+		if f.Network != flow.TCP {
+			return false
+		}
+	case OnlyUDP:
+		if f.Network != flow.UDP {
+			return false
+		}
+	}
+	if len(r.Ports) == 0 {
+		return true
+	}
+	port := f.Dst.Port()
+	for _, p := range r.Ports {
+		if port < p.From {
+			return false
+		}
+		if port <= p.To {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *Rule) matchesClient(f *flow.Flow) bool {
+	if len(r.Ifs) > 0 && !slices.Contains(r.Ifs, f.InIf) {
+		return false
+	}
+	if len(r.Src) == 0 {
+		return true
+	}
+	src := f.Src.Addr().Unmap()
+	for _, p := range r.Src {
+		if p.Contains(src) {
+			return true
+		}
+	}
+	return false
+}
+
+// The implicit rules: what is DIRECT before all rules, and why.
+var implicitPrefixes = []struct {
+	prefix netip.Prefix
+	why    string
+}{
+	{netip.MustParsePrefix("127.0.0.0/8"), "loopback"},
+	{netip.MustParsePrefix("::1/128"), "loopback"},
+	{netip.MustParsePrefix("169.254.0.0/16"), "link-local"},
+	{netip.MustParsePrefix("fe80::/10"), "link-local"},
+	{netip.MustParsePrefix("224.0.0.0/4"), "multicast"},
+	{netip.MustParsePrefix("ff00::/8"), "multicast"},
+	{netip.MustParsePrefix("255.255.255.255/32"), "broadcast"},
+}
+
+// Implicit returns the rules that apply before all others, as the language
+// would write them. Own are the host's addresses.
+func (t *Table) Implicit(own []netip.Prefix) []string {
+	var list []string
+	for _, i := range implicitPrefixes {
+		list = append(list, "DIRECT "+i.prefix.String()+"  # "+i.why)
+	}
+	for _, p := range own {
+		list = append(list, "DIRECT "+p.Addr().String()+"  # this host")
+	}
+	for _, s := range t.FirstHops() {
+		if s.Addr.IsValid() {
+			list = append(list, "DIRECT "+s.Addr.String()+" eq "+strconv.Itoa(int(s.Port))+" proto=tcp  # server "+s.Name)
+		}
+	}
+	return list
+}
+
+// MatchAll is Match for a flow to a real address, with the implicit rules in
+// front. If one of these decides, implicit says which, and the rule is nil.
+func (t *Table) MatchAll(f flow.Flow, own []netip.Prefix) (r *Rule, implicit string) {
+	if addr := f.Dst.Addr().Unmap(); f.Name == "" && addr.IsValid() {
+		for _, i := range implicitPrefixes {
+			if i.prefix.Contains(addr) {
+				return nil, i.why + " addresses are always DIRECT"
+			}
+		}
+		for _, p := range own {
+			if p.Addr() == addr {
+				return nil, "this host's own addresses are always DIRECT"
+			}
+		}
+		for _, s := range t.FirstHops() {
+			if s.Addr == addr && s.Port == f.Dst.Port() && f.Network == flow.TCP {
+				return nil, "server " + s.Name + " is always DIRECT at its port"
+			}
+		}
+	}
+	return t.Match(f), ""
+}
+
+// candidates returns the rules that a flow to name can match on some port and
+// protocol, in order, up to the first that no client and no port escapes.
+func (t *Table) candidates(name string) []*Rule {
+	lists := [][]*Rule{t.anyName, t.names[name]}
+	for rest := name; ; {
+		i := strings.IndexByte(rest, '.')
+		if i < 0 {
+			break
+		}
+		rest = rest[i+1:]
+		lists = append(lists, t.suffixes[rest])
+	}
+	var out []*Rule
+	for _, l := range lists {
+		for _, r := range l {
+			out = append(out, r)
+			if !r.conditional() {
+				break
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b *Rule) int { return cmp.Compare(a.Index, b.Index) })
+	out = slices.Compact(out)
+	for i, r := range out {
+		if !r.conditional() {
+			return out[:i+1]
+		}
+	}
+	return out
+}
