@@ -17,7 +17,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"slices"
 	"sync"
 	"time"
 )
@@ -134,11 +133,7 @@ func openPool(o *Options) (*pool, error) {
 		p.log.Warn("dropped the damaged end of the file of names", "bytes", len(content)-good)
 	}
 	at := p.now()
-	p.t.requeue(at, func(idle []uint32) {
-		slices.SortStableFunc(idle, func(a, b uint32) int {
-			return int(int64(p.t.entries[a].evicted) - int64(p.t.entries[b].evicted))
-		})
-	})
+	p.t.requeue(at)
 	for p.t.size > p.t.max {
 		p.t.evict(p.t.oldest, at)
 	}

@@ -12,6 +12,8 @@ import (
 )
 
 var (
+	discard = slog.New(slog.DiscardHandler)
+
 	pool4 = netip.MustParsePrefix("198.18.0.0/15")
 	pool6 = netip.MustParsePrefix("fd74:7072:6f78::/96")
 )
@@ -23,7 +25,7 @@ func newPool(t testing.TB, o Options) *pool {
 		o.Dir = t.TempDir()
 	}
 	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
+		o.Log = discard
 	}
 	p, err := openPool(&o)
 	if err != nil {
@@ -121,7 +123,7 @@ func TestPoolEdges(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.v4+","+tt.v6, func(t *testing.T) {
-			o := Options{Dir: t.TempDir(), Log: slog.New(slog.DiscardHandler), Quarantine: time.Hour}
+			o := Options{Dir: t.TempDir(), Log: discard, Quarantine: time.Hour}
 			if tt.v4 != "" {
 				o.Pool4 = netip.MustParsePrefix(tt.v4)
 			}

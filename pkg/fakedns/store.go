@@ -1,6 +1,7 @@
 package fakedns
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -95,7 +97,7 @@ func (t *table) load(b []byte) (good int) {
 // requeue rebuilds the quarantine of a table that was loaded: every index
 // below fresh that no name has, by the time of its eviction. One that lies in
 // the future, because the clock was wrong, becomes now.
-func (t *table) requeue(now uint32, order func([]uint32)) {
+func (t *table) requeue(now uint32) {
 	var idle []uint32
 	for i := uint32(1); i < t.fresh; i++ {
 		if !t.owner(i) {
@@ -103,7 +105,9 @@ func (t *table) requeue(now uint32, order func([]uint32)) {
 			idle = append(idle, i)
 		}
 	}
-	order(idle)
+	slices.SortStableFunc(idle, func(a, b uint32) int {
+		return cmp.Compare(t.entries[a].evicted, t.entries[b].evicted)
+	})
 	t.head, t.tail = 0, 0
 	for _, i := range idle {
 		t.entries[i].newer = 0

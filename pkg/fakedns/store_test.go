@@ -65,7 +65,7 @@ func putLog(t testing.TB, log []byte) (dir string) {
 // reopen returns what a pool makes of a directory, and closes it.
 func reopen(t testing.TB, dir string) map[string]uint32 {
 	t.Helper()
-	p, err := openPool(&Options{Dir: dir, Pool4: pool4, Quarantine: time.Hour, Log: slog.New(slog.DiscardHandler)})
+	p, err := openPool(&Options{Dir: dir, Pool4: pool4, Quarantine: time.Hour, Log: discard})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +79,7 @@ func reopen(t testing.TB, dir string) map[string]uint32 {
 
 func TestStoreReopen(t *testing.T) {
 	dir := t.TempDir()
-	o := Options{Dir: dir, Pool4: pool4, Pool6: pool6, Max: 50, Quarantine: time.Hour, Log: slog.New(slog.DiscardHandler)}
+	o := Options{Dir: dir, Pool4: pool4, Pool6: pool6, Max: 50, Quarantine: time.Hour, Log: discard}
 	p, err := openPool(&o)
 	if err != nil {
 		t.Fatal(err)
@@ -120,7 +120,7 @@ func TestStoreReopen(t *testing.T) {
 
 func TestStoreSmallerAfterwards(t *testing.T) {
 	dir := t.TempDir()
-	o := Options{Dir: dir, Pool4: pool4, Log: slog.New(slog.DiscardHandler)}
+	o := Options{Dir: dir, Pool4: pool4, Log: discard}
 	p, err := openPool(&o)
 	if err != nil {
 		t.Fatal(err)
@@ -380,7 +380,7 @@ func TestStoreFullDisk(t *testing.T) {
 	}
 	io.Copy(f, zeros{})
 	f.Close()
-	p, err := openPool(&Options{Dir: dir, Pool4: pool4, Log: slog.New(slog.DiscardHandler)})
+	p, err := openPool(&Options{Dir: dir, Pool4: pool4, Log: discard})
 	if err != nil {
 		t.Fatal(err)
 	}
