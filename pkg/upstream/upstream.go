@@ -18,6 +18,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -58,9 +59,9 @@ type Options struct {
 // Pool knows the health of servers. It lives as long as the daemon: servers
 // are recognized by name and address, so that a reload forgets nothing.
 type Pool struct {
-	o      Options
-	mu     sync.Mutex
-	health map[key]*health
+	options atomic.Pointer[Options]
+	mu      sync.Mutex
+	health  map[key]*health
 }
 
 type key struct {
@@ -77,6 +78,14 @@ type health struct {
 
 // New returns a pool that knows nothing bad of any server.
 func New(o Options) *Pool {
+	p := &Pool{health: map[key]*health{}}
+	p.Configure(o)
+	return p
+}
+
+// Configure changes how the pool connects from the next flow on. What it knows
+// of the servers stays.
+func (p *Pool) Configure(o Options) {
 	def := func(d *time.Duration, v time.Duration) {
 		if *d == 0 {
 			*d = v
@@ -94,7 +103,7 @@ func New(o Options) *Pool {
 	if o.Rand == nil {
 		o.Rand = rand.IntN
 	}
-	return &Pool{o: o, health: map[key]*health{}}
+	p.options.Store(&o)
 }
 
 // state returns the health of s. The lock is held.
@@ -174,7 +183,7 @@ func (p *Pool) order(l, servers []*Server, balance bool) []*Server {
 	l = append(l, servers...)
 	if balance {
 		for i := len(l) - 1; i > 0; i-- {
-			j := p.o.Rand(i + 1)
+			j := p.options.Load().Rand(i + 1)
 			l[i], l[j] = l[j], l[i]
 		}
 	}
@@ -202,7 +211,7 @@ func (p *Pool) ask(ctx context.Context, s *Server, t flow.Target) (net.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	conn.SetDeadline(time.Now().Add(p.o.HandshakeTimeout))
+	conn.SetDeadline(time.Now().Add(p.options.Load().HandshakeTimeout))
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	_, err = socks.Connect(conn, t, socks.Options{Auth: s.Auth, Pipeline: s.Pipeline})
 	if !stop() {
@@ -219,15 +228,15 @@ func (p *Pool) ask(ctx context.Context, s *Server, t flow.Target) (net.Conn, err
 }
 
 func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, p.o.ConnectTimeout)
+	ctx, cancel := context.WithTimeout(ctx, p.options.Load().ConnectTimeout)
 	defer cancel()
 	if s.Host == "" {
-		return p.o.Dial(ctx, s.Addr)
+		return p.options.Load().Dial(ctx, s.Addr)
 	}
-	if p.o.Resolve == nil {
+	if p.options.Load().Resolve == nil {
 		return nil, errors.New("no way to resolve its name")
 	}
-	addrs, err := p.o.Resolve(ctx, s.Host)
+	addrs, err := p.options.Load().Resolve(ctx, s.Host)
 	if err == nil && len(addrs) == 0 {
 		err = errors.New("its name has no address")
 	}
@@ -237,7 +246,7 @@ func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
 		// leads nowhere) leaves time for the next.
 		share, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(len(addrs)-i))
 		var conn net.Conn
-		conn, err = p.o.Dial(share, netip.AddrPortFrom(a, s.Addr.Port()))
+		conn, err = p.options.Load().Dial(share, netip.AddrPortFrom(a, s.Addr.Port()))
 		cancel()
 		if err == nil {
 			return conn, nil
@@ -258,7 +267,7 @@ func (p *Pool) good(s *Server, carried bool) {
 	h.fails = 0
 	if !h.badUntil.IsZero() {
 		h.badUntil = time.Time{}
-		p.o.Log.Info("server is back", "upstream", s.Name)
+		p.options.Load().Log.Info("server is back", "upstream", s.Name)
 	}
 }
 
@@ -268,13 +277,13 @@ func (p *Pool) bad(s *Server, err error) {
 	defer p.mu.Unlock()
 	h := p.state(s)
 	h.faults++
-	if h.fails++; h.fails < p.o.MaxFail {
+	if h.fails++; h.fails < p.options.Load().MaxFail {
 		return
 	}
 	if h.badUntil.IsZero() {
-		p.o.Log.Warn("server is asked last from now on", "upstream", s.Name, "for", p.o.BadExpire, "err", err)
+		p.options.Load().Log.Warn("server is asked last from now on", "upstream", s.Name, "for", p.options.Load().BadExpire, "err", err)
 	}
-	h.badUntil = time.Now().Add(p.o.BadExpire)
+	h.badUntil = time.Now().Add(p.options.Load().BadExpire)
 }
 
 // ServerError is what went wrong with one server.

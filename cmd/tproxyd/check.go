@@ -1,0 +1,103 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/spf13/cobra"
+	"github.com/tproxyd/tproxyd/internal/daemon"
+	"github.com/tproxyd/tproxyd/pkg/routes"
+)
+
+// source is what a command works on: the daemon's file with all that it
+// names, or a file of rules alone.
+type source struct {
+	conf, routes string
+}
+
+func (s *source) flags(c *cobra.Command) {
+	configFlag(c, &s.conf)
+	c.Flags().StringVar(&s.routes, "routes", "", "a `FILE` of rules alone, in place of the daemon's file")
+	c.MarkFlagsMutuallyExclusive("config", "routes")
+}
+
+// load reads the files and says what is wrong with them. Setup.Config is nil
+// for rules alone.
+func (s *source) load(e *env) (*daemon.Setup, error) {
+	var setup *daemon.Setup
+	var diags routes.Diagnostics
+	if s.routes != "" {
+		var t *routes.Table
+		t, diags = routes.ParseFile(s.routes, routes.Options{})
+		setup = &daemon.Setup{Table: t}
+	} else {
+		setup, diags = daemon.Load(s.conf, e.getenv("CREDENTIALS_DIRECTORY"))
+	}
+	return setup, e.tell(diags)
+}
+
+func checkCommand(e *env) *cobra.Command {
+	var src source
+	var verbose bool
+	c := &cobra.Command{
+		Use:   "check [-c FILE | --routes FILE]",
+		Short: "Report every mistake in the files",
+		Long: `Report every error and warning of the files in one run, one a line:
+FILE:LINE:COL: error E05: text. The exit status is 2 if there is an error.
+Warnings alone leave it 0.`,
+		Example: "  tproxyd check -c /etc/tproxyd/tproxyd.toml\n  tproxyd check -v --routes socks.cnf",
+		Args:    cobra.NoArgs,
+	}
+	src.flags(c)
+	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "also print the rules as they apply, the implicit ones first, and which the kernel decides")
+	c.RunE = func(*cobra.Command, []string) error {
+		setup, err := src.load(e)
+		if err != nil {
+			return err
+		}
+		if verbose {
+			e.printRules(setup.Table)
+		}
+		fmt.Fprintf(e.stdout, "ok: %d rules, %d servers\n", len(setup.Table.Rules()), len(setup.Table.Servers()))
+		return nil
+	}
+	return c
+}
+
+// printRules lists the rules in the order in which they apply.
+func (e *env) printRules(t *routes.Table) {
+	for _, i := range t.Implicit(ownPrefixes()) {
+		fmt.Fprintf(e.stdout, "implicit  kernel      %s\n", i)
+	}
+	inKernel := map[*routes.Rule]bool{}
+	for _, b := range t.Kernel() {
+		for _, r := range b.Rules {
+			inKernel[r] = true
+		}
+	}
+	for _, r := range t.Rules() {
+		where := "user space"
+		if inKernel[r] && (r.Action == routes.Direct || r.Action == routes.Deny) {
+			where = "kernel    "
+		}
+		fmt.Fprintf(e.stdout, "%-9s %s  %s\n", r.Position(), where, r.Text)
+	}
+}
+
+// ownPrefixes returns this host's own addresses.
+func ownPrefixes() []netip.Prefix {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil // the list is for show
+	}
+	var own []netip.Prefix
+	for _, a := range addrs {
+		if ipnet, ok := a.(*net.IPNet); ok {
+			if ip, ok := netip.AddrFromSlice(ipnet.IP); ok {
+				own = append(own, netip.PrefixFrom(ip.Unmap(), ip.Unmap().BitLen()))
+			}
+		}
+	}
+	return own
+}

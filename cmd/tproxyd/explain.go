@@ -1,0 +1,231 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/tproxyd/tproxyd/internal/daemon"
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/routes"
+)
+
+func explainCommand(e *env) *cobra.Command {
+	var src source
+	var from, inIf, proto string
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "explain [-c FILE | --routes FILE] [--src ADDR] [--if IF] [--proto tcp|udp] [--json] DEST:PORT",
+		Short: "Say what becomes of a flow, and why",
+		Long: `Say what becomes of a flow: the answer to the DNS question, what the kernel does,
+the rule with its line, the servers in their order. DEST is a name or an
+address. Nothing is sent. The last line is the verdict: DIRECT, DENY, or an
+action with its servers as they are written in the rule.`,
+		Example: "  tproxyd explain www.example.org:80\n  tproxyd explain --routes socks.cnf --src 10.1.2.3 '[2001:db8::1]:443'",
+		Args:    cobra.ExactArgs(1),
+	}
+	src.flags(c)
+	c.Flags().StringVar(&from, "src", "", "`ADDR` of the client")
+	c.Flags().StringVar(&inIf, "if", "", "interface `IF` that the flow enters by")
+	c.Flags().StringVar(&proto, "proto", "tcp", "tcp or udp")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.RunE = func(_ *cobra.Command, args []string) error {
+		f, err := parseFlow(args[0], from, inIf, proto)
+		if err != nil {
+			return err
+		}
+		setup, err := src.load(e)
+		if err != nil {
+			return err
+		}
+		x := explain(setup, f)
+		if asJSON {
+			enc := json.NewEncoder(e.stdout)
+			enc.SetIndent("", "  ")
+			return failed(enc.Encode(x))
+		}
+		fmt.Fprint(e.stdout, x.text())
+		return nil
+	}
+	return c
+}
+
+// parseFlow reads a destination and what the options say of its flow.
+func parseFlow(dest, src, inIf, proto string) (f flow.Flow, err error) {
+	f.InIf = inIf
+	switch proto {
+	case "tcp":
+	case "udp":
+		f.Network = flow.UDP
+	default:
+		return f, fmt.Errorf("--proto: %q is neither tcp nor udp", proto)
+	}
+	if src != "" {
+		a, err := netip.ParseAddr(src)
+		if err != nil {
+			return f, fmt.Errorf("--src: %q is not an address", src)
+		}
+		f.Src = netip.AddrPortFrom(a.Unmap(), 0)
+	}
+	host, service, err := net.SplitHostPort(dest)
+	if err != nil {
+		return f, fmt.Errorf("%q is not DEST:PORT, as www.example.org:80 or [2001:db8::1]:443", dest)
+	}
+	port, err := strconv.ParseUint(service, 10, 16)
+	if err != nil || port == 0 {
+		n, err := net.LookupPort(proto, service)
+		if err != nil || n == 0 {
+			return f, fmt.Errorf("%q is neither a port nor a service", service)
+		}
+		port = uint64(n)
+	}
+	if a, err := netip.ParseAddr(host); err == nil {
+		f.Dst = netip.AddrPortFrom(a.Unmap(), uint16(port))
+		return f, nil
+	}
+	f.Name = strings.ToLower(strings.TrimSuffix(host, "."))
+	f.Dst = netip.AddrPortFrom(netip.Addr{}, uint16(port))
+	if f.Name == "" || strings.ContainsAny(f.Name, " /*") {
+		return f, errors.New("the destination has no name or address")
+	}
+	return f, nil
+}
+
+// explanation is the whole decision for one flow.
+type explanation struct {
+	Flow    string   `json:"flow"`
+	DNS     string   `json:"dns,omitempty"`    // what the question for the name is answered with
+	Kernel  string   `json:"kernel,omitempty"` // what the packet filter does
+	Rule    string   `json:"rule"`             // with its file and line
+	Servers []string `json:"servers,omitempty"`
+	Order   string   `json:"order,omitempty"`
+	Notes   []string `json:"notes,omitempty"`
+	Verdict string   `json:"verdict"`
+}
+
+// explain follows a flow through the same decisions that the daemon makes.
+// Without a configuration there is no interception, and nothing is said of it.
+func explain(s *daemon.Setup, f flow.Flow) explanation {
+	x := explanation{Flow: describe(f)}
+	if s.Config != nil && s.Config.Intercept.DNS && f.Dst.Port() == 53 {
+		x.note("port 53 of an intercepted host is never a flow: with dns = true its questions are answered here")
+	}
+	if f.Name == "" {
+		x.address(s, f)
+		return x
+	}
+	v := s.Table.Name(f.Name, f, s.LocalNames())
+	switch v.Kind {
+	case routes.Refused, routes.NXDomain:
+		x.DNS = fmt.Sprintf("answered %v: %s", v.Kind, v.Why)
+		x.decide(v.Rule, "")
+	case routes.Real:
+		x.DNS = "resolved here, real addresses: " + v.Why
+		x.note("the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
+		f.Name = ""
+		x.decide(s.Table.Match(f), "")
+	case routes.RealDirect:
+		x.DNS = "resolved here, real addresses, which enter the kernel's DIRECT set: " + v.Why
+		x.Kernel = "DIRECT by the set of admitted addresses, never in user space"
+		x.decide(s.Table.Match(f), "")
+	case routes.LocalFirst:
+		x.DNS = "resolved here if it can be, else a synthetic address: " + v.Why
+		x.note("the verdict is for the synthetic address; if the name resolves here its address decides")
+		x.decide(s.Table.Match(f), "")
+	default:
+		x.DNS = "a synthetic address: " + v.Why
+		x.Kernel = "diverted to user space, as every synthetic address"
+		x.decide(s.Table.Match(f), "")
+	}
+	if s.Config == nil {
+		x.Kernel = ""
+	}
+	return x
+}
+
+// address explains a flow to a real (or synthetic) address.
+func (x *explanation) address(s *daemon.Setup, f flow.Flow) {
+	if s.Config != nil && (s.Config.DNS.Pool4.Contains(f.Dst.Addr()) || s.Config.DNS.Pool6.Contains(f.Dst.Addr())) {
+		x.Kernel = "diverted to user space, as every synthetic address"
+		x.Rule = "the address is synthetic: the name that owns it decides; without one the flow is refused"
+		x.Verdict = "DENY"
+		return
+	}
+	var own []netip.Prefix
+	if s.Config != nil {
+		own = ownPrefixes()
+	}
+	rule, implicit := s.Table.MatchAll(f, own)
+	switch {
+	case s.Config == nil:
+	case implicit != "" || rule.Action == routes.Direct:
+		x.Kernel = "DIRECT in nftables, never in user space"
+	case rule.Action == routes.Deny:
+		x.Kernel = "refused in nftables at the first packet"
+	case f.Network == flow.UDP:
+		x.Kernel = "refused in nftables with ICMP port unreachable: UDP through SOCKS is not supported yet"
+	default:
+		x.Kernel = "diverted to user space"
+	}
+	x.decide(rule, implicit)
+}
+
+// decide takes over the rule, or the implicit one, as the verdict.
+func (x *explanation) decide(r *routes.Rule, implicit string) {
+	if implicit != "" {
+		x.Rule, x.Verdict = "implicit: "+implicit, "DIRECT"
+		return
+	}
+	x.Rule = r.Position() + ": " + r.Text
+	x.Verdict = r.Action.String()
+	if r.Action == routes.Direct || r.Action == routes.Deny {
+		return
+	}
+	for _, c := range r.Servers {
+		x.Servers = append(x.Servers, c.String())
+	}
+	x.Order = "the next one if a server is at fault"
+	if r.Balance == routes.Random {
+		x.Order = "a random order for each flow (BALANCE), the next one if a server is at fault"
+	}
+	x.Verdict += " " + strings.Join(x.Servers, ",")
+}
+
+func (x *explanation) note(s string) { x.Notes = append(x.Notes, s) }
+
+func (x *explanation) text() string {
+	var b strings.Builder
+	line := func(key, value string) {
+		if value != "" {
+			fmt.Fprintf(&b, "%s: %s\n", key, value)
+		}
+	}
+	line("flow", x.Flow)
+	line("dns", x.DNS)
+	line("kernel", x.Kernel)
+	line("rule", x.Rule)
+	if len(x.Servers) > 0 {
+		line("servers", strings.Join(x.Servers, ", ")+"; "+x.Order)
+	}
+	for _, n := range x.Notes {
+		line("note", n)
+	}
+	line("verdict", x.Verdict)
+	return b.String()
+}
+
+func describe(f flow.Flow) string {
+	s := f.Network.String() + " to " + f.Target().String()
+	if f.Src.IsValid() {
+		s += " from " + f.Src.Addr().String()
+	}
+	if f.InIf != "" {
+		s += " by " + f.InIf
+	}
+	return s
+}

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/tproxyd/tproxyd/internal/daemon"
+)
+
+func serveCommand(e *env) *cobra.Command {
+	var conf, level string
+	c := &cobra.Command{
+		Use:   "serve [-c FILE]",
+		Short: "Run the daemon",
+		Long: `Run the daemon in the foreground. It prints one line when it is ready and tells
+systemd. SIGHUP makes it read its files again, SIGTERM and SIGINT stop it.`,
+		Args: cobra.NoArgs,
+	}
+	configFlag(c, &conf)
+	c.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error; debug writes one line per flow")
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		var min slog.Level
+		if err := min.UnmarshalText([]byte(level)); err != nil {
+			return fmt.Errorf("--log-level: %q is not debug, info, warn or error", level)
+		}
+		setup, diags := daemon.Load(conf, e.getenv("CREDENTIALS_DIRECTORY"))
+		if err := e.tell(diags); err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
+		defer stop()
+		hup := make(chan os.Signal, 1)
+		signal.Notify(hup, syscall.SIGHUP)
+		defer signal.Stop(hup)
+		d, err := daemon.New(setup, e.logger(min))
+		if err != nil {
+			return failed(err)
+		}
+		return failed(d.Run(ctx, daemon.Signals{Reload: hup, Ready: func(line string) { fmt.Fprintln(e.stdout, line) }}))
+	}
+	return c
+}
+
+// logger writes text to standard error, without the date where the journal
+// adds its own.
+func (e *env) logger(min slog.Level) *slog.Logger {
+	o := &slog.HandlerOptions{Level: min}
+	if e.getenv("JOURNAL_STREAM") != "" {
+		o.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(e.stderr, o))
+}
+
+func closeCommand(e *env) *cobra.Command {
+	var conf string
+	c := &cobra.Command{
+		Use:   "close [-c FILE]",
+		Short: "Refuse what would be proxied, without a daemon",
+		Long: `Put the closed table in place: what the rules send through a SOCKS server and
+port 53 are refused at once, what they make DIRECT by address passes. Meant for
+the time between boot and the daemon; 'tproxyd serve' takes the table over,
+'tproxyd cleanup' removes it.`,
+		Args: cobra.NoArgs,
+	}
+	configFlag(c, &conf)
+	c.RunE = func(*cobra.Command, []string) error {
+		setup, diags := daemon.Load(conf, e.getenv("CREDENTIALS_DIRECTORY"))
+		if err := e.tell(diags); err != nil {
+			return err
+		}
+		return failed(daemon.CloseTable(setup))
+	}
+	return c
+}

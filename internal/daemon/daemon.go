@@ -1,0 +1,236 @@
+// Package daemon is the lifecycle of the program: it reads the files, brings
+// the rooms up in order, wires them, reloads them and takes them down. It is
+// the only place that knows all of them.
+//
+// Up goes: claim of the table, state, sockets, kernel. Down goes the other way
+// round. From the first to the last moment the kernel's table refuses what
+// nobody serves, so there is no order in which a packet can leak; the order
+// only decides how short the time is in which flows are refused.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/tproxyd/tproxyd/internal/config"
+	"github.com/tproxyd/tproxyd/internal/control"
+	"github.com/tproxyd/tproxyd/internal/gateway"
+	"github.com/tproxyd/tproxyd/pkg/fakedns"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
+	"github.com/tproxyd/tproxyd/pkg/relay"
+	"github.com/tproxyd/tproxyd/pkg/upstream"
+	"golang.org/x/sync/errgroup"
+)
+
+// Signals is what the outside world tells a running daemon, and hears of it.
+type Signals struct {
+	Reload <-chan os.Signal  // each one makes it read its files again
+	Ready  func(line string) // called once, when flows are served
+}
+
+// Daemon is one running instance. Make it with New, run it once with Run.
+type Daemon struct {
+	log     *slog.Logger
+	started time.Time
+	own     hostAddrs
+	mark    redirect.Marks // never changes while the daemon runs
+
+	kernel  *redirect.Redirect
+	flows   *redirect.Listener
+	dns     *redirect.DNS // nil: port 53 is not intercepted
+	engine  *relay.Engine
+	servers *upstream.Pool
+	names   *fakedns.Server
+	gateway *gateway.Gateway
+	socket  net.Listener // control
+	metrics net.Listener // nil: not asked for
+
+	admitting sync.RWMutex // writers: a reload, which must not lose an address admitted meanwhile
+
+	mu      sync.Mutex // one reload at a time; guards what follows
+	setup   *Setup
+	reloads reloadCount
+}
+
+type reloadCount struct {
+	Done    uint64 `json:"done"`
+	Refused uint64 `json:"refused"`
+}
+
+// New brings up everything of setup but the serving itself: what can fail
+// fails here, and then nothing is left behind that was not there before.
+func New(setup *Setup, log *slog.Logger) (*Daemon, error) {
+	d := &Daemon{log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark}
+	if err := d.open(); err != nil {
+		d.release(true)
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *Daemon) open() (err error) {
+	c, part := d.setup.Config, func(name string) *slog.Logger { return d.log.With("part", name) }
+	if d.kernel, err = redirect.Open(redirect.Options{Log: part("redirect")}); err != nil {
+		return err
+	}
+	if d.engine, err = relay.New(relay.Options{Log: part("relay")}); err != nil {
+		return err
+	}
+	if d.flows, err = redirect.ListenTCP(c.Intercept.Mark); err != nil {
+		return err
+	}
+	if c.Intercept.DNS {
+		if d.dns, err = redirect.ListenDNS(c.Intercept.Mark); err != nil {
+			return err
+		}
+	}
+	d.servers = upstream.New(d.upstreamOptions(d.setup))
+	plan, err := d.setup.plan()
+	if err != nil {
+		return err
+	}
+	// The server of names is asked what becomes of a name only once it serves,
+	// and the gateway is there by then.
+	if d.names, err = fakedns.New(fakedns.Options{
+		Pool4:   c.DNS.Pool4,
+		Pool6:   c.DNS.Pool6,
+		Dir:     c.State.Directory,
+		TTL:     c.DNS.TTL,
+		Timeout: d.setup.Table.Limits().DNS,
+		Decide:  func(name string, a fakedns.Asker) (fakedns.Verdict, bool) { return d.gateway.Decide(name, a) },
+		Admit:   d.admitName,
+		DialRemote: func(ctx context.Context, name string, a fakedns.Asker, resolver netip.AddrPort) (net.Conn, error) {
+			return d.gateway.DialRemote(ctx, name, a, resolver)
+		},
+		Dial:      d.dialMarked,
+		Resolvers: d.setup.resolvers(),
+		Own:       d.own.has,
+		Log:       part("fakedns"),
+	}); err != nil {
+		return err
+	}
+	d.gateway = gateway.New(plan, gateway.Options{
+		Names:     d.names,
+		Upstream:  d.servers,
+		Engine:    d.engine,
+		Dial:      d.dial,
+		Resolve:   d.names.Resolve,
+		Interface: d.inboundInterface,
+		Index:     d.kernel.InterfaceName,
+		Own:       d.ownListener,
+		Admit:     func(list []gateway.Admission) error { return d.kernel.Admit(toKernel(list)) },
+		Log:       part("gateway"),
+	})
+	if d.socket, err = control.Listen(c.Control.Socket); err != nil {
+		return err
+	}
+	if c.Control.Metrics != "" {
+		if d.metrics, err = net.Listen("tcp", c.Control.Metrics); err != nil {
+			return fmt.Errorf("daemon: [control] metrics: %w", err)
+		}
+	}
+	return d.kernel.Apply(kernelPlan(d.setup, d.ports()))
+}
+
+// Run serves until ctx ends or a part fails, and takes everything down.
+func (d *Daemon) Run(ctx context.Context, s Signals) error {
+	defer d.stop()
+	g, ctx := errgroup.WithContext(ctx)
+	task := func(name string, f func(context.Context) error) {
+		g.Go(func() error {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("daemon: %s: %w", name, err)
+			}
+			return nil
+		})
+	}
+	for _, ln := range d.flows.Listeners() {
+		task("tcp", func(ctx context.Context) error { return d.engine.Serve(ctx, ln, d.gateway.Handle) })
+	}
+	if d.dns != nil {
+		for _, pc := range d.dns.UDP {
+			task("dns", func(ctx context.Context) error { return d.names.ServeUDP(ctx, pc) })
+		}
+		for _, ln := range d.dns.TCP.Listeners() {
+			task("dns", func(ctx context.Context) error { return d.names.ServeTCP(ctx, ln) })
+		}
+	}
+	task("kernel", func(ctx context.Context) error {
+		return d.kernel.Heal(ctx, func(what string) { d.log.Warn("put right what somebody else changed", "what", what) })
+	})
+	offer := control.Options{Status: func() any { return d.Status() }, Reload: d.Reload, Metrics: d.metricsHandler()}
+	task("control", func(ctx context.Context) error { return control.Serve(ctx, d.socket, control.Handler(offer)) })
+	if d.metrics != nil {
+		task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })
+	}
+	task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })
+
+	line := d.readyLine()
+	if s.Ready != nil {
+		s.Ready("tproxyd: ready: " + line)
+	}
+	notifyReady(line)
+	return g.Wait()
+}
+
+func (d *Daemon) readyLine() string {
+	c := d.setup.Config.Intercept
+	what := "interfaces " + fmt.Sprint(c.Interfaces)
+	if c.Local {
+		what += ", this host's own flows"
+	}
+	return fmt.Sprintf("%s, %d rules, %d servers", what, len(d.setup.Table.Rules()), len(d.setup.Table.Servers()))
+}
+
+// stop ends what runs. With fail = "closed" the kernel's table stays and
+// refuses what would have been proxied.
+func (d *Daemon) stop() {
+	notifyStopping()
+	d.log.Info("stopping")
+	d.release(d.setup.Config.Intercept.Fail == config.FailClosed)
+}
+
+// release takes down whatever is up, the kernel first, so that clients hear
+// of it at once, the state last.
+func (d *Daemon) release(keep bool) {
+	if d.kernel != nil {
+		if err := d.kernel.Close(keep); err != nil {
+			d.log.Error("the kernel's table", "err", err)
+		}
+	}
+	for _, ln := range []net.Listener{d.socket, d.metrics} {
+		if ln != nil {
+			ln.Close()
+		}
+	}
+	if d.flows != nil {
+		d.flows.Close()
+	}
+	if d.dns != nil {
+		d.dns.Close()
+	}
+	if d.engine != nil {
+		d.engine.Close()
+	}
+	if d.names != nil {
+		if err := d.names.Close(); err != nil {
+			d.log.Error("the synthetic addresses", "err", err)
+		}
+	}
+}
+
+// CloseTable puts the closed table of setup in place and leaves it there.
+func CloseTable(setup *Setup) error {
+	k, err := redirect.Open(redirect.Options{})
+	if err != nil {
+		return err
+	}
+	return errors.Join(k.Apply(kernelPlan(setup, redirect.Ports{})), k.Close(true))
+}

@@ -1,0 +1,113 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+)
+
+// Reload reads the files again and puts what they say in force, or changes
+// nothing and says why: with routes.Diagnostics if a file has an error.
+//
+// User space changes first, then the kernel, in one transaction, so that at no
+// moment a flow is let pass by the kernel that neither the old nor the new
+// rules let pass. Proxied flows go on as they are (R11).
+func (d *Daemon) Reload() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	notifyReloading()
+	defer func() { notifyReady(d.readyLine()) }()
+	err := d.reload()
+	if err != nil {
+		d.reloads.Refused++
+		d.log.Error("the files were not reloaded, the old rules stay in force", "err", err)
+		return err
+	}
+	d.reloads.Done++
+	d.log.Info("reloaded", "rules", len(d.setup.Table.Rules()), "servers", len(d.setup.Table.Servers()))
+	return nil
+}
+
+func (d *Daemon) reload() error {
+	next, diags := Load(d.setup.Config.Path, d.setup.credentialDir)
+	if diags.HasErrors() {
+		return diags
+	}
+	for _, w := range diags {
+		d.log.Warn(w.String())
+	}
+	if err := d.setup.changeable(next); err != nil {
+		return err
+	}
+	plan, err := next.plan()
+	if err != nil {
+		return err
+	}
+	d.admitting.Lock()
+	defer d.admitting.Unlock()
+	inForce, err := d.inForce()
+	if err != nil {
+		return err
+	}
+	old := d.gateway.Plan()
+	d.follow(next, func() { d.gateway.Swap(plan) })
+	kernel := kernelPlan(next, d.ports())
+	kernel.Readmit = toKernel(d.gateway.Readmit(plan, inForce))
+	if err := d.kernel.Apply(kernel); err != nil {
+		d.follow(d.setup, func() { d.gateway.Swap(old) })
+		return err
+	}
+	d.setup = next
+	return nil
+}
+
+// follow makes user space do what s says.
+func (d *Daemon) follow(s *Setup, swap func()) {
+	d.servers.Configure(d.upstreamOptions(s))
+	swap()
+	d.names.SetResolvers(s.resolvers())
+	d.names.Reset()
+}
+
+// changeable tells what of next cannot be changed in a running daemon.
+func (s *Setup) changeable(next *Setup) error {
+	old, c := s.Config, next.Config
+	var keys []string
+	for _, k := range []struct {
+		key     string
+		changed bool
+	}{
+		{"[intercept] dns", old.Intercept.DNS != c.Intercept.DNS},
+		{"[intercept] mark", old.Intercept.Mark != c.Intercept.Mark},
+		{"[intercept] table", old.Intercept.Table != c.Intercept.Table},
+		{"[dns] pool4", old.DNS.Pool4 != c.DNS.Pool4},
+		{"[dns] pool6", old.DNS.Pool6 != c.DNS.Pool6},
+		{"[dns] ttl", old.DNS.TTL != c.DNS.TTL},
+		{"[state] directory", old.State != c.State},
+		{"[control] socket", old.Control.Socket != c.Control.Socket},
+		{"[control] metrics", old.Control.Metrics != c.Control.Metrics},
+		{"TIMEOUT dns=", s.Table.Limits().DNS != next.Table.Limits().DNS},
+	} {
+		if k.changed {
+			keys = append(keys, k.key)
+		}
+	}
+	if keys == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: changed: %s; restart the daemon for that, or change it back", c.Path, strings.Join(keys, ", "))
+}
+
+// watchReload reloads for each signal until ctx ends. What went wrong is in
+// the log.
+func (d *Daemon) watchReload(ctx context.Context, signals <-chan os.Signal) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-signals:
+			d.Reload()
+		}
+	}
+}

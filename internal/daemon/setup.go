@@ -1,0 +1,121 @@
+package daemon
+
+import (
+	"bufio"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/tproxyd/tproxyd/internal/config"
+	"github.com/tproxyd/tproxyd/internal/gateway"
+	"github.com/tproxyd/tproxyd/pkg/routes"
+	"github.com/tproxyd/tproxyd/pkg/socks"
+)
+
+// resolvConf is where the host's own resolvers and search list stand.
+const resolvConf = "/etc/resolv.conf"
+
+// Setup is what the files of one moment say. Config is nil where only rules
+// were read.
+type Setup struct {
+	Config      *config.Config
+	Table       *routes.Table
+	credentials config.Credentials
+	host        hostDNS
+
+	credentialDir string // where Load was told to look for credentials
+}
+
+// Load reads tproxyd.toml at path and the files that it names. CredentialDir
+// is systemd's credential directory; empty: none. The diagnostics are those of
+// all files; the Setup is nil if there is an error among them.
+func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
+	c, diags := config.Load(path)
+	if c == nil {
+		return nil, diags
+	}
+	t, more := routes.ParseFile(c.Routes, routes.Options{})
+	diags = append(diags, more...)
+	creds, more := config.LoadCredentials(c.Credentials, credentialDir)
+	diags = append(diags, more...)
+	if t != nil && creds != nil {
+		for _, s := range t.Servers() {
+			if _, ok := creds[s.Credential]; s.Credential != "" && !ok {
+				diags = append(diags, routes.Diagnostic{
+					File: s.File, Line: s.Line, Col: 1, Severity: routes.Error, Code: "E20",
+					Msg: fmt.Sprintf("server %s: no credential %q in the credentials file or among systemd's credentials", s.Name, s.Credential),
+				})
+			}
+		}
+	}
+	if diags.HasErrors() {
+		return nil, diags
+	}
+	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir}, diags
+}
+
+// auth returns the user name and password of a credential; nil: there is none.
+func (s *Setup) auth(name string) *socks.Auth {
+	c, ok := s.credentials[name]
+	if !ok {
+		return nil
+	}
+	return &socks.Auth{Username: c.Username, Password: c.Password}
+}
+
+// plan makes a plan of the rules.
+func (s *Setup) plan() (*gateway.Plan, error) {
+	return gateway.NewPlan(s.Table, s.LocalNames(), s.auth)
+}
+
+// LocalNames returns which names stay local (R15).
+func (s *Setup) LocalNames() routes.LocalNames {
+	if s.Config != nil && s.Config.DNS.Search != nil {
+		return routes.LocalNames{Search: s.Config.DNS.Search}
+	}
+	return routes.LocalNames{Search: s.host.search}
+}
+
+// resolvers returns who is asked for names that are resolved here.
+func (s *Setup) resolvers() []netip.AddrPort {
+	if s.Config.DNS.Resolvers != nil {
+		return s.Config.DNS.Resolvers
+	}
+	return s.host.resolvers
+}
+
+// hostDNS is what resolv.conf(5) says.
+type hostDNS struct {
+	resolvers []netip.AddrPort
+	search    []string
+}
+
+// readHostDNS reads a resolv.conf; a file that cannot be read says nothing.
+func readHostDNS(path string) (h hostDNS) {
+	f, err := os.Open(path)
+	if err != nil {
+		return h
+	}
+	defer f.Close()
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		words := strings.Fields(sc.Text())
+		if len(words) < 2 {
+			continue
+		}
+		switch words[0] {
+		case "nameserver":
+			if r, err := config.ParseResolver(words[1]); err == nil {
+				h.resolvers = append(h.resolvers, r)
+			}
+		case "search", "domain": // the last one counts
+			h.search = nil
+			for _, d := range words[1:] {
+				if d = strings.ToLower(strings.Trim(d, ".")); d != "" {
+					h.search = append(h.search, d)
+				}
+			}
+		}
+	}
+	return h
+}

@@ -1,0 +1,185 @@
+package daemon
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/tproxyd/tproxyd/internal/gateway"
+	"github.com/tproxyd/tproxyd/pkg/fakedns"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
+	"github.com/tproxyd/tproxyd/pkg/relay"
+	"github.com/tproxyd/tproxyd/pkg/routes"
+	"github.com/tproxyd/tproxyd/pkg/upstream"
+)
+
+// This file joins the rooms, which do not know one another: what one of them
+// calls its own is said here in the words of the other.
+
+// kernelPlan is what the kernel shall do for setup; with zero ports it refuses
+// what it would divert.
+func kernelPlan(s *Setup, ports redirect.Ports) redirect.Plan {
+	c := s.Config
+	p := redirect.Plan{
+		Interfaces: c.Intercept.Interfaces,
+		Local:      c.Intercept.Local,
+		DNS:        c.Intercept.DNS,
+		Ports:      ports,
+		Marks:      c.Intercept.Mark,
+		Table:      c.Intercept.Table,
+		Synthetic:  []netip.Prefix{c.DNS.Pool4, c.DNS.Pool6},
+	}
+	for _, srv := range s.Table.FirstHops() {
+		if srv.Addr.IsValid() {
+			p.Servers = append(p.Servers, srv.AddrPort())
+		}
+	}
+	for _, b := range s.Table.Kernel() {
+		p.Blocks = append(p.Blocks, kernelBlock(b))
+	}
+	return p
+}
+
+func kernelBlock(b routes.Block) redirect.Block {
+	kb := redirect.Block{
+		Src:    b.Src,
+		Ifs:    b.Ifs,
+		Direct: kernelRanges(b.Direct),
+		Deny:   kernelRanges(b.Deny),
+		Proxy:  kernelRanges(b.Proxy),
+	}
+	switch b.Network {
+	case routes.OnlyTCP:
+		kb.Networks = redirect.TCP
+	case routes.OnlyUDP:
+		kb.Networks = redirect.UDP
+	}
+	for _, p := range b.Ports {
+		kb.Ports = append(kb.Ports, redirect.PortRange(p))
+	}
+	return kb
+}
+
+func kernelRanges(list []routes.Range) []redirect.Range {
+	out := make([]redirect.Range, len(list))
+	for i, r := range list {
+		out[i] = redirect.Range(r)
+	}
+	return out
+}
+
+// toKernel says in the kernel's words what the gateway lets pass by name.
+func toKernel(list []gateway.Admission) []redirect.Admission {
+	out := make([]redirect.Admission, len(list))
+	for i, a := range list {
+		out[i] = redirect.Admission{Addr: a.Addr, Timeout: a.Timeout}
+		for _, s := range a.Scopes {
+			ports := redirect.PortRange(s.Ports)
+			if ports == (redirect.PortRange{From: 0, To: 65535}) {
+				ports = redirect.PortRange{} // every port
+			}
+			out[i].Scopes = append(out[i].Scopes, redirect.Scope{Network: s.Network, Ports: ports})
+		}
+	}
+	return out
+}
+
+// inForce returns what the kernel lets pass by name at this moment, in the
+// gateway's words; which ports is not asked, since the rules say it anew.
+func (d *Daemon) inForce() ([]gateway.Admission, error) {
+	list, err := d.kernel.Admitted()
+	out := make([]gateway.Admission, len(list))
+	for i, a := range list {
+		out[i] = gateway.Admission{Addr: a.Addr, Timeout: a.Timeout}
+	}
+	return out, err
+}
+
+// admitName lets the addresses of a DIRECT name pass.
+func (d *Daemon) admitName(name string, a fakedns.Asker, addrs []netip.Addr, ttl time.Duration) error {
+	d.admitting.RLock()
+	defer d.admitting.RUnlock()
+	return d.gateway.Admit(name, a, addrs, ttl)
+}
+
+func (d *Daemon) upstreamOptions(s *Setup) upstream.Options {
+	limits, health := s.Table.Limits(), s.Table.Health()
+	return upstream.Options{
+		Dial:             d.dial,
+		Resolve:          func(ctx context.Context, host string) ([]netip.Addr, error) { return d.names.Resolve(ctx, host) },
+		ConnectTimeout:   limits.Connect,
+		HandshakeTimeout: limits.Handshake,
+		MaxFail:          health.MaxFail,
+		BadExpire:        health.BadExpire,
+		Log:              d.log.With("part", "upstream"),
+	}
+}
+
+// dial connects to a SOCKS server or to a DIRECT destination: from this host,
+// marked as our own, by sockets that the relay can splice.
+func (d *Daemon) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	c, err := d.engine.Dial(ctx, relay.DialOptions{Control: d.mark.MarkOwn}, to)
+	if err != nil {
+		return nil, err // not a nil *relay.Conn in an interface
+	}
+	return c, nil
+}
+
+// dialMarked is dial for sockets that the relay has nothing to do with.
+func (d *Daemon) dialMarked(ctx context.Context, network, addr string) (net.Conn, error) {
+	dialer := net.Dialer{Control: d.mark.Control}
+	return dialer.DialContext(ctx, network, addr)
+}
+
+// inboundInterface returns the name of the interface that a flow entered by;
+// empty: it is this host's own, or nobody knows.
+func (d *Daemon) inboundInterface(c *relay.Conn) string {
+	index := 0
+	if err := c.Control(func(fd int) (err error) {
+		index, err = redirect.InboundInterface(fd)
+		return err
+	}); err != nil {
+		d.log.Debug("the interface of a flow", "err", err)
+		return ""
+	}
+	return d.kernel.InterfaceName(index)
+}
+
+// ports are where the kernel diverts to.
+func (d *Daemon) ports() redirect.Ports { return redirect.PortsOf(d.flows, d.dns) }
+
+// ownListener tells whether a flow's destination is where flows are accepted:
+// carrying it would never end.
+func (d *Daemon) ownListener(to netip.AddrPort) bool {
+	p := d.ports()
+	return to.Addr().IsLoopback() && (to.Port() == p.TCP || p.DNSTCP != 0 && to.Port() == p.DNSTCP)
+}
+
+// hostAddrs knows the addresses of this host. They are read again when they
+// are older than hostAddrsAge.
+type hostAddrs struct {
+	mu   sync.Mutex
+	read time.Time
+	set  map[netip.Addr]bool
+}
+
+const hostAddrsAge = 5 * time.Second
+
+func (h *hostAddrs) has(a netip.Addr) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if now := time.Now(); now.Sub(h.read) > hostAddrsAge {
+		h.read, h.set = now, map[netip.Addr]bool{}
+		addrs, _ := net.InterfaceAddrs() // without it nothing counts as this host's
+		for _, addr := range addrs {
+			if n, ok := addr.(*net.IPNet); ok {
+				if ip, ok := netip.AddrFromSlice(n.IP); ok {
+					h.set[ip.Unmap()] = true
+				}
+			}
+		}
+	}
+	return a.IsLoopback() || h.set[a.Unmap().WithZone("")]
+}

@@ -1,0 +1,283 @@
+// Package gateway is what becomes of one flow: its name, the decision, the
+// upstream connection, the relay. It knows no kernel and no wire format; what
+// it needs of both is handed down to it.
+//
+// It promises that a flow is carried the way that the rules decided or not at
+// all, that a client whose flow cannot be carried sees a reset at once, and
+// that a new plan changes no proxied flow that runs.
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/relay"
+	"github.com/tproxyd/tproxyd/pkg/routes"
+	"github.com/tproxyd/tproxyd/pkg/upstream"
+)
+
+// Limits of a flow where no TIMEOUT line states them.
+const (
+	defaultConnect    = 10 * time.Second
+	defaultIdle       = 3 * time.Hour // above the 2 h 4 min that RFC 5382 asks of middle boxes
+	defaultHalfClosed = 10 * time.Minute
+)
+
+// Names is the part of the synthetic pool that a flow needs.
+type Names interface {
+	Contains(netip.Addr) bool                 // is the address of the pool?
+	Lookup(netip.Addr) (name string, ok bool) // whose is it?
+	Pin(netip.Addr)                           // keep it as long as a flow lives
+	Unpin(netip.Addr)
+}
+
+// Connector carries a target through the first server of a list that can.
+type Connector interface {
+	Connect(ctx context.Context, servers []*upstream.Server, balance bool, t flow.Target) (net.Conn, *upstream.Server, error)
+}
+
+// Options is what a Gateway is made of. All fields but Log are needed.
+type Options struct {
+	Names     Names
+	Upstream  Connector // its connections must be the Engine's
+	Engine    *relay.Engine
+	Dial      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) // DIRECT, from this host, by the Engine
+	Resolve   func(ctx context.Context, name string) ([]netip.Addr, error)   // for DIRECT by name
+	Interface func(*relay.Conn) string                                       // where it entered; empty: this host's own flow
+	Index     func(ifindex int) string                                       // name of an interface; empty: this host's own
+	Own       func(netip.AddrPort) bool                                      // is it a listener of ours?
+	Admit     func([]Admission) error                                        // into the kernel's DIRECT set, before it returns
+	Log       *slog.Logger                                                   // nil: silent
+}
+
+// Gateway carries flows by the plan of the moment. Make it with New.
+type Gateway struct {
+	o     Options
+	plan  atomic.Pointer[Plan]
+	count counters
+
+	mu       sync.Mutex
+	live     map[*live]struct{}
+	admitted memory // of what the kernel lets pass by name, for the next reload
+}
+
+// live is a flow that is being carried.
+type live struct {
+	flow   flow.Flow
+	plan   *Plan // that decided it
+	rule   *routes.Rule
+	via    *upstream.Server // nil: DIRECT
+	start  time.Time
+	stream *relay.Stream // nil while connecting, guarded by Gateway.mu
+	g      *Gateway
+	pinned bool
+}
+
+// New returns a gateway that follows p.
+func New(p *Plan, o Options) *Gateway {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	g := &Gateway{o: o, live: map[*live]struct{}{}, admitted: memory{names: map[netip.Addr][]admittedName{}}}
+	g.plan.Store(p)
+	return g
+}
+
+// Plan returns the plan in force.
+func (g *Gateway) Plan() *Plan { return g.plan.Load() }
+
+// Errors that end a flow before a server is asked.
+var (
+	errLoop    = errors.New("gateway: the flow is for a listener of our own")
+	errUnowned = errors.New("gateway: no name owns this synthetic address")
+	errDenied  = errors.New("gateway: denied")
+)
+
+// Handle carries one accepted connection, whose local address is where the
+// client wanted to go. It owns c and returns when the flow runs by itself or
+// has been refused with a reset.
+func (g *Gateway) Handle(c *relay.Conn) {
+	l := &live{g: g, start: time.Now()}
+	l.flow = flow.Flow{Network: flow.TCP, Src: unmap(c.RemoteAddrPort()), Dst: unmap(c.LocalAddrPort()), InIf: g.o.Interface(c)}
+	server, err := g.connect(l)
+	if err != nil {
+		c.Reset()
+		g.refused(l, err)
+		return
+	}
+	g.join(l, c, server)
+}
+
+// connect decides the flow and returns the connection that serves it.
+func (g *Gateway) connect(l *live) (net.Conn, error) {
+	p := g.plan.Load()
+	l.plan = p
+	f := &l.flow
+	if g.o.Own(f.Dst) {
+		return nil, errLoop
+	}
+	if g.o.Names.Contains(f.Dst.Addr()) {
+		name, ok := g.o.Names.Lookup(f.Dst.Addr())
+		if !ok {
+			return nil, errUnowned
+		}
+		f.Name = name
+		g.o.Names.Pin(f.Dst.Addr())
+		l.pinned = true
+	}
+	l.rule = p.table.Match(*f)
+	p.hits[l.rule.Index].Add(1)
+	ctx := context.Background()
+	switch l.rule.Action {
+	case routes.Deny:
+		return nil, errDenied
+	case routes.Direct:
+		ctx, cancel := context.WithTimeout(ctx, orDefault(p.table.Limits().Connect, defaultConnect))
+		defer cancel()
+		return g.direct(ctx, f)
+	}
+	conn, via, err := g.o.Upstream.Connect(ctx, p.servers[l.rule.Index], l.rule.Balance == routes.Random, f.Target())
+	l.via = via
+	return conn, err
+}
+
+// direct connects from this host: to the address, or to the name's addresses
+// in turn.
+func (g *Gateway) direct(ctx context.Context, f *flow.Flow) (net.Conn, error) {
+	if f.Name == "" {
+		return g.o.Dial(ctx, f.Dst)
+	}
+	addrs, err := g.o.Resolve(ctx, f.Name)
+	if err != nil {
+		return nil, err
+	}
+	err = fmt.Errorf("gateway: %s has no address", f.Name)
+	for _, a := range addrs {
+		to := netip.AddrPortFrom(a, f.Dst.Port())
+		if g.o.Own(to) || g.o.Names.Contains(a) {
+			err = errLoop
+			continue
+		}
+		var conn net.Conn
+		if conn, err = g.o.Dial(ctx, to); err == nil {
+			return conn, nil
+		}
+	}
+	return nil, err
+}
+
+// join hands both connections to the relay; what is left of the flow is its
+// entry among the live ones.
+func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
+	limits := l.plan.table.Limits()
+	o := relay.JoinOptions{
+		Idle:       orDefault(limits.Idle, defaultIdle),
+		HalfClosed: orDefault(limits.HalfClosed, defaultHalfClosed),
+		Done:       l.done,
+	}
+	g.count.started(l.rule.Action)
+	g.mu.Lock()
+	g.live[l] = struct{}{}
+	g.mu.Unlock()
+	stream := g.o.Engine.Join(client, server.(*relay.Conn), o)
+	g.mu.Lock()
+	l.stream = stream
+	g.mu.Unlock()
+	if l.via == nil && g.plan.Load() != l.plan && !g.stillDirect(l) {
+		stream.Kill() // a reload came between the decision and the relay
+	}
+}
+
+// stillDirect tells whether the plan in force makes a flow DIRECT.
+func (g *Gateway) stillDirect(l *live) bool {
+	return g.plan.Load().table.Match(l.flow).Action == routes.Direct
+}
+
+// done is called once, when both connections of the flow are closed.
+func (l *live) done(r relay.Result) {
+	g := l.g
+	g.mu.Lock()
+	delete(g.live, l)
+	g.mu.Unlock()
+	if l.pinned {
+		g.o.Names.Unpin(l.flow.Dst.Addr())
+	}
+	g.count.ended(r.Up, r.Down)
+	g.report(l, r.Up, r.Down, r.Err)
+}
+
+// refused ends a flow that could not be carried.
+func (g *Gateway) refused(l *live, err error) {
+	if l.pinned {
+		g.o.Names.Unpin(l.flow.Dst.Addr())
+	}
+	g.count.refuse(err)
+	g.report(l, 0, 0, err)
+}
+
+// report writes the flow's one line, at its end: at debug, or at info where
+// the rule says log.
+func (g *Gateway) report(l *live, up, down uint64, err error) {
+	level := slog.LevelDebug
+	if l.rule != nil && l.rule.Log {
+		level = slog.LevelInfo
+	}
+	ctx := context.Background()
+	if !g.o.Log.Enabled(ctx, level) {
+		return
+	}
+	attrs := []slog.Attr{slog.Any("src", l.flow.Src), slog.Any("dst", l.flow.Dst)}
+	if l.flow.Name != "" {
+		attrs = append(attrs, slog.String("host", l.flow.Name))
+	}
+	if l.rule != nil {
+		attrs = append(attrs, slog.String("rule", l.rule.Position()), slog.String("action", l.rule.Action.String()))
+		if l.rule.Tag != "" {
+			attrs = append(attrs, slog.String("tag", l.rule.Tag))
+		}
+	}
+	if l.via != nil {
+		attrs = append(attrs, slog.String("upstream", l.via.Name))
+	}
+	attrs = append(attrs, slog.Uint64("up", up), slog.Uint64("down", down), slog.Duration("dur", time.Since(l.start).Round(time.Millisecond)))
+	if err != nil {
+		attrs = append(attrs, slog.String("err", err.Error()))
+	}
+	g.o.Log.LogAttrs(ctx, level, "flow", attrs...)
+}
+
+// Swap puts a new plan in force. Proxied flows keep their server (R11); flows
+// that this host dialled itself and that are no longer DIRECT are reset, since
+// leak comes before loss. It returns how many were.
+func (g *Gateway) Swap(p *Plan) (reset int) {
+	g.plan.Store(p)
+	var cut []*relay.Stream
+	g.mu.Lock()
+	for l := range g.live {
+		if l.via == nil && l.stream != nil && !g.stillDirect(l) {
+			cut = append(cut, l.stream)
+		}
+	}
+	g.mu.Unlock()
+	for _, s := range cut {
+		s.Kill()
+	}
+	return len(cut)
+}
+
+func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
+
+func orDefault(d, def time.Duration) time.Duration {
+	if d == 0 {
+		return def
+	}
+	return d
+}

@@ -1,0 +1,106 @@
+package lint_test
+
+import (
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// display is an indented block of a man page, and oneLine a single line of it.
+var (
+	display = regexp.MustCompile(`(?ms)^\.Bd -literal -offset indent\n(.*?)^\.Ed$`)
+	oneLine = regexp.MustCompile(`(?m)^\.Dl (.*)$`)
+)
+
+// manPages returns the paths of the man pages.
+func manPages(t *testing.T) []string {
+	t.Helper()
+	pages, err := filepath.Glob(filepath.Join(root, "man", "*.[58]"))
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("no man pages: %v", err)
+	}
+	return pages
+}
+
+// TestManPages: mandoc finds nothing to say, but that a manual of somebody
+// else is not installed here.
+func TestManPages(t *testing.T) {
+	mandoc := tool(t, "mandoc", "mandoc")
+	for _, page := range manPages(t) {
+		out, _ := exec.Command(mandoc, "-T", "lint", "-W", "style", page).Output()
+		for _, line := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+			if line != "" && !strings.Contains(line, "referenced manual not found") {
+				t.Error(line)
+			}
+		}
+	}
+}
+
+// TestManCommands: tproxyd(8) speaks of every command and flag.
+func TestManCommands(t *testing.T) {
+	page := strings.ReplaceAll(read(t, "man/tproxyd.8"), `\-`, "-")
+	help, _ := tproxyd(t, "--help")
+	_, list, _ := strings.Cut(help, "Available Commands:\n")
+	list, _, _ = strings.Cut(list, "\n\n")
+	commands := 0
+	for _, line := range strings.Split(list, "\n") {
+		name, _, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if name == "" || name == "help" || name == "completion" {
+			continue
+		}
+		commands++
+		if !regexp.MustCompile(`(?m)^\.It Cm `+name+`\b`).MatchString(page) && !strings.Contains(page, ".It Cm "+name) {
+			t.Errorf("man/tproxyd.8 does not speak of %s", name)
+		}
+		text, _ := tproxyd(t, name, "--help")
+		for _, m := range regexp.MustCompile(`--([a-z][a-z-]+)`).FindAllStringSubmatch(text, -1) {
+			flag := m[1]
+			short := map[string]string{"config": "Fl c", "verbose": "Fl v", "help": ""}
+			want, known := short[flag]
+			if !known {
+				want = "Fl -" + flag
+			}
+			if !strings.Contains(page, want) {
+				t.Errorf("man/tproxyd.8 does not speak of %s --%s", name, flag)
+			}
+		}
+	}
+	if commands < 5 {
+		t.Errorf("found only %d commands in\n%s", commands, help)
+	}
+}
+
+// TestManKeys: tproxyd.toml(5) and the example file know the same keys, and
+// the daemon knows them too: TestDeployedFiles lets it read every one.
+func TestManKeys(t *testing.T) {
+	page := read(t, "man/tproxyd.toml.5")
+	keys := regexp.MustCompile(`(?m)^#?([a-z0-9]+) *= `).FindAllStringSubmatch(read(t, "deploy/tproxyd.toml"), -1)
+	if len(keys) < 10 {
+		t.Fatalf("found only %d keys in deploy/tproxyd.toml", len(keys))
+	}
+	for _, k := range keys {
+		if !regexp.MustCompile(`(?m)^\.It Ic .*\b` + k[1] + `\b`).MatchString(page) {
+			t.Errorf("man/tproxyd.toml.5 does not speak of %s", k[1])
+		}
+	}
+}
+
+// TestManExamples: the blocks of the man pages parse.
+func TestManExamples(t *testing.T) {
+	_, examples, _ := strings.Cut(read(t, "man/tproxyd.8"), ".Sh EXAMPLES\n")
+	examples, _, _ = strings.Cut(examples, ".Sh ")
+	for _, m := range append(oneLine.FindAllStringSubmatch(examples, -1), display.FindAllStringSubmatch(examples, -1)...) {
+		for _, line := range strings.Split(strings.TrimSpace(m[1]), "\n") {
+			checkCommand(t, "man/tproxyd.8", line)
+		}
+	}
+	_, examples, _ = strings.Cut(read(t, "man/tproxyd.toml.5"), ".Sh EXAMPLES\n")
+	for _, m := range display.FindAllStringSubmatch(examples, -1) {
+		checkConfig(t, "man/tproxyd.toml.5", m[1])
+	}
+	for _, m := range display.FindAllStringSubmatch(read(t, "man/tproxyd-socks.cnf.5"), -1) {
+		checkRules(t, "man/tproxyd-socks.cnf.5", m[1])
+	}
+}

@@ -1,0 +1,177 @@
+package netns_test
+
+import (
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Topology: the gateway of world; a neighbour's table, rule and route are in
+// its kernel already and must be there, byte for byte, in the end.
+
+// neighbour puts things of others into the gateway's kernel.
+func neighbour(t *testing.T, h *host) {
+	t.Helper()
+	h.nft(t, `
+table inet neighbour {
+	set keep { type ipv4_addr; elements = { 192.0.2.77 } }
+	chain forward { type filter hook forward priority 0; policy accept; ip daddr @keep counter drop; }
+}`)
+	h.ip(t, "rule add pref 1234 fwmark 0x1 lookup 99", "-6 rule add pref 1234 fwmark 0x1 lookup 99",
+		"route add 192.0.2.128/25 dev lan0 table 99")
+}
+
+func TestCleanup(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	neighbour(t, w.gateway)
+	w.gateway.settle(t)
+	before := w.gateway.kernel(t)
+	d := newDaemon(t, w.gateway, settings{local: true, routes: "DIRECT 198.51.100.0/24\nDENY 192.0.2.66\nSOCKD5 @=198.51.100.11 *\n"})
+	same := func(when string) {
+		t.Helper()
+		if now := w.gateway.kernel(t); now != before {
+			t.Errorf("%s the kernel's state differs:\n%s", when, lineDiff(before, now))
+		}
+	}
+	cleanup := func(when string) {
+		t.Helper()
+		for range 2 { // twice is once
+			d.cli(t, "cleanup").ok(t)
+			same(when)
+		}
+	}
+
+	cleanup("with nothing to clean up,")
+
+	d.start(t)
+	if w.gateway.kernel(t) == before {
+		t.Fatal("the running daemon left no trace in the kernel")
+	}
+	second := d.cli(t, "serve", "-c", d.config).exit(t, 1)
+	if second.took > 10*time.Second || second.err == "" {
+		t.Errorf("the second serve took %v and said %q", second.took, second.err)
+	}
+	if err := w.get(netip.MustParseAddr(outsideAt)); err != nil {
+		t.Errorf("the first daemon after the second's attempt: %v", err)
+	}
+	if r := d.cli(t, "cleanup"); r.code != 1 {
+		t.Errorf("cleanup under a living daemon: exit %d, want 1\n%s%s", r.code, r.out, r.err)
+	}
+	if err := w.get(netip.MustParseAddr(outsideAt)); err != nil {
+		t.Errorf("the daemon after somebody's cleanup: %v", err)
+	}
+
+	// A normal stop keeps the closed table, by default.
+	d.stop(t)
+	began := time.Now()
+	atOnce(t, "stopped", began, w.get(netip.MustParseAddr(outsideAt)))
+	if !strings.Contains(w.gateway.kernel(t), "tproxyd") {
+		t.Error("a normal stop removed the table")
+	}
+	cleanup("after stop and cleanup")
+	w.client.curl(t, "http://"+outsideAt+"/free").fetched(t, clientAt)
+
+	// A crash keeps it, too.
+	d.start(t)
+	d.process.kill()
+	atOnce(t, "killed", time.Now(), w.get(netip.MustParseAddr(outsideAt)))
+	cleanup("after kill -9 and cleanup")
+
+	// A start over the remains of a crash, and over the closed table.
+	d.start(t)
+	d.process.kill()
+	d.cli(t, "close", "-c", d.config).ok(t)
+	d.start(t)
+	if err := w.get(netip.MustParseAddr(outsideAt)); err != nil {
+		t.Errorf("after a start over the closed table: %v", err)
+	}
+	d.process.kill()
+	cleanup("after kill, close, start, kill and cleanup")
+	d.cli(t, "close", "-c", d.config).ok(t)
+	atOnce(t, "closed", time.Now(), w.get(netip.MustParseAddr(outsideAt)))
+	cleanup("after close and cleanup")
+
+	// fail = "open" removes at a normal stop, and only then.
+	d.set.fail = "open"
+	d.write(t)
+	d.start(t)
+	d.process.kill()
+	atOnce(t, "killed with fail = open", time.Now(), w.get(netip.MustParseAddr(outsideAt)))
+	d.start(t)
+	if err := w.get(netip.MustParseAddr(outsideAt)); err != nil {
+		t.Errorf("fail = open, running: %v", err)
+	}
+	d.stop(t)
+	same("after a stop with fail = open")
+}
+
+// TestStopWithFlows: SIGTERM ends in time though flows are running.
+func TestStopWithFlows(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	l := w.outside.listen(t, "tcp", outsideAt+":7")
+	go func() {
+		for {
+			if _, err := l.Accept(); err != nil {
+				return
+			}
+		}
+	}()
+	for range 10 {
+		c, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	began := time.Now()
+	d.stop(t)
+	if took := time.Since(began); took > 8*time.Second {
+		t.Errorf("the stop took %v", took)
+	}
+	d.start(t)
+	d.cmd.Process.Signal(syscall.SIGINT)
+	if code, ended := d.wait(10 * time.Second); !ended || code != 0 {
+		t.Errorf("SIGINT: ended %v, exit %d", ended, code)
+	}
+}
+
+// settle waits until the kernel has stopped adding routes of its own.
+func (h *host) settle(t testing.TB) {
+	t.Helper()
+	last := h.kernel(t)
+	eventually(t, 10*time.Second, h.name+" settles", func() bool {
+		time.Sleep(300 * time.Millisecond)
+		now := h.kernel(t)
+		same := now == last
+		last = now
+		return same
+	})
+}
+
+// lineDiff shows the lines that only one of two texts has.
+func lineDiff(a, b string) string {
+	count := map[string]int{}
+	for _, l := range strings.Split(b, "\n") {
+		count[l]++
+	}
+	var out strings.Builder
+	for _, l := range strings.Split(a, "\n") {
+		if count[l]--; count[l] < 0 {
+			out.WriteString("- " + l + "\n")
+		}
+	}
+	for _, l := range strings.Split(b, "\n") {
+		if count[l] > 0 {
+			out.WriteString("+ " + l + "\n")
+			count[l]--
+		}
+	}
+	return out.String()
+}

@@ -1,0 +1,416 @@
+package netns_test
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// Topology: world. The storm comes from the client; the observer counts at
+// net, which the gateway cannot influence:
+//
+//	client ==2,000 flows and questions==> gateway --uplink--> net (observer)
+//	                                                           | socks1, socks2: counted apart
+//	                                                           ' anybody else:   leaked
+
+// leakRoutes sends everything to SOCKS, by names and addresses of both
+// families, through servers reached by both families.
+const leakRoutes = `SERVER one 198.51.100.11
+SERVER two [2001:db8:2::12]:1080
+TIMEOUT connect=2s handshake=2s
+BALANCE
+SOCKD5 @=one,two *
+`
+
+// outcomes counts how the attempts of a storm ended.
+type outcomes struct {
+	mu                               sync.Mutex
+	done, served, refused, cut, hung int
+	slowest                          time.Duration
+	other                            map[string]int
+}
+
+// count sorts one attempt in.
+func (o *outcomes) count(err error, took time.Duration) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.done++
+	o.slowest = max(o.slowest, took)
+	var ne net.Error
+	switch {
+	case err == nil:
+		o.served++
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EACCES):
+		o.refused++
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		o.cut++
+	case errors.As(err, &ne) && ne.Timeout():
+		o.hung++
+		o.note("hung: " + err.Error())
+	default:
+		o.note(err.Error())
+	}
+}
+
+func (o *outcomes) note(s string) {
+	if o.other == nil {
+		o.other = map[string]int{}
+	}
+	if len(o.other) < 8 {
+		o.other[s]++
+	}
+}
+
+func (o *outcomes) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return fmt.Sprintf("%d attempts: %d served, %d refused, %d cut, %d hung; slowest %v; %v",
+		o.done, o.served, o.refused, o.cut, o.hung, o.slowest.Round(time.Millisecond), o.other)
+}
+
+// attempts are the ways to reach the outside that a storm takes in turn.
+var attempts = []func(w *world, i int) error{
+	func(w *world, i int) error { return w.get(netip.MustParseAddr(outsideAt)) },
+	func(w *world, i int) error { return w.get(netip.MustParseAddr(outsideAt6)) },
+	func(w *world, i int) error { return w.getNamed(outsideNS, i, dns.TypeA) },
+	func(w *world, i int) error { return w.getNamed(outsideNS6, i, dns.TypeAAAA) },
+	func(w *world, i int) error {
+		network := []string{"udp", "tcp"}[i%2]
+		server := []string{outsideNS, outsideNS6, insideNS}[i%3]
+		_, err := w.client.ask(network, server, fmt.Sprintf("q%d.example.org", i), []uint16{dns.TypeA, dns.TypeHTTPS, dns.TypeTXT, dns.TypePTR}[i%4])
+		return err
+	},
+	func(w *world, i int) error { // UDP that is not DNS has no way through yet
+		return w.client.in(func() error {
+			c, err := net.DialTimeout("udp", net.JoinHostPort([]string{outsideAt, outsideAt6}[i%2], "9"), time.Second)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(3 * time.Second))
+			c.Write([]byte("x"))
+			_, err = c.Read(make([]byte, 1))
+			return err
+		})
+	},
+}
+
+// get fetches a page from the address, as the client.
+func (w *world) get(a netip.Addr) error {
+	c, err := w.client.dial("tcp", netip.AddrPortFrom(a, 80).String(), 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(8 * time.Second))
+	if _, err := io.WriteString(c, "GET /storm HTTP/1.0\r\nHost: storm\r\n\r\n"); err != nil {
+		return err
+	}
+	b, err := io.ReadAll(c)
+	if err == nil && !strings.Contains(string(b), "host=storm") {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// getNamed asks for a name first.
+func (w *world) getNamed(server string, i int, qtype uint16) error {
+	a, err := w.client.lookup(server, fmt.Sprintf("n%d.example.org", i), qtype)
+	if err != nil {
+		return err
+	}
+	return w.get(a)
+}
+
+// storm makes n attempts, up to 24 at a time and not faster than the pace, and
+// returns when all have ended.
+func (w *world) storm(n int, pace time.Duration) *outcomes {
+	var o outcomes
+	var wg sync.WaitGroup
+	next := make(chan int)
+	for range 24 {
+		wg.Go(func() {
+			for i := range next {
+				began := time.Now()
+				o.count(attempts[i%len(attempts)](w, i), time.Since(began))
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+		time.Sleep(pace)
+	}
+	close(next)
+	wg.Wait()
+	return &o
+}
+
+// during runs a storm of 2,000 over some five seconds and calls trouble again
+// and again until it is over. It fails the test if a packet leaked.
+func (w *world) during(t *testing.T, trouble func(round int)) *outcomes {
+	t.Helper()
+	w.observe(t)
+	over := make(chan *outcomes, 1)
+	go func() { over <- w.storm(2000, 2*time.Millisecond) }()
+	for round := 0; ; round++ {
+		select {
+		case o := <-over:
+			t.Logf("%v; %d packets to the SOCKS servers, trouble %d times", o, w.carried(t), round)
+			if n, who := w.leaked(t); n != 0 {
+				t.Errorf("%d packets leaked:\n%s", n, who)
+			}
+			if o.hung != 0 {
+				t.Errorf("attempts hung: %v", o)
+			}
+			return o
+		default:
+			trouble(round)
+		}
+	}
+}
+
+func TestNoLeak(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	startMicrosocks(t, w.socks2, socks2At+":1080")
+	d := newDaemon(t, w.gateway, settings{routes: leakRoutes})
+	t.Cleanup(func() {
+		if t.Failed() && d.process != nil {
+			t.Logf("tproxyd printed:\n%s", d.output())
+		}
+	})
+
+	// (c) not yet started: everything is refused by the closed table.
+	d.cli(t, "close", "-c", d.config).ok(t)
+	o := w.during(t, func(int) { time.Sleep(50 * time.Millisecond) })
+	if o.served != 0 || o.done != 2000 || w.carried(t) != 0 {
+		t.Errorf("closed: %v, %d packets to the SOCKS servers", o, w.carried(t))
+	}
+	if o.refused != o.done {
+		t.Errorf("closed: not everything was refused: %v", o)
+	}
+
+	// All is well.
+	d.start(t)
+	o = w.during(t, func(int) { time.Sleep(50 * time.Millisecond) })
+	if want := o.done * 4 / 6; o.served < want { // UDP other than DNS is refused, odd questions may fail
+		t.Errorf("in peace: %v, want at least %d served", o, want)
+	}
+
+	// (a) killed and restarted.
+	w.during(t, func(int) {
+		d.process.kill()
+		time.Sleep(100 * time.Millisecond)
+		d.start(t)
+		time.Sleep(400 * time.Millisecond)
+	})
+
+	// (b) reloaded ten times and more, with flows that must survive it.
+	flows := w.startEchoes(t, 16)
+	reloads := 0
+	w.during(t, func(round int) {
+		d.routes(t, leakRoutes+fmt.Sprintf("# edition %d\nDENY 192.0.2.%d\n", round, round%250))
+		if round%2 == 0 {
+			d.reload(t)
+		} else {
+			d.cmd.Process.Signal(syscall.SIGHUP)
+		}
+		reloads++
+		time.Sleep(60 * time.Millisecond)
+	})
+	for reloads < 10 {
+		d.reload(t)
+		reloads++
+	}
+	flows.finish(t)
+
+	// (d) somebody flushes the ruleset and deletes our rules.
+	w.during(t, func(round int) {
+		if round%2 == 0 {
+			w.gateway.run(t, command{args: []string{tool(t, "nft"), "flush", "ruleset"}})
+		} else {
+			w.gateway.dropRules(t)
+		}
+		time.Sleep(70 * time.Millisecond)
+	})
+	if err := w.get(netip.MustParseAddr(outsideAt)); err != nil {
+		t.Errorf("after the trouble: %v", err)
+	}
+
+	// The LAN's interface goes and comes back, as with a re-plugged adapter.
+	w.observe(t)
+	w.gateway.ip(t, "link del lan0")
+	w.plugLAN(t)
+	eventually(t, 5*time.Second, "the new interface is served", func() bool {
+		return w.getNamed(outsideNS6, 1, dns.TypeAAAA) == nil && w.get(netip.MustParseAddr(outsideAt)) == nil
+	})
+	if n, who := w.leaked(t); n != 0 {
+		t.Errorf("%d packets leaked by a new interface:\n%s", n, who)
+	}
+}
+
+// dropRules deletes every routing rule that is not the kernel's own.
+func (h *host) dropRules(t testing.TB) {
+	t.Helper()
+	for _, family := range []string{"-4", "-6"} {
+		list := h.run(t, command{args: []string{tool(t, "ip"), family, "rule"}}).ok(t).out
+		for _, line := range strings.Split(strings.TrimSpace(list), "\n") {
+			pref, _, _ := strings.Cut(line, ":")
+			if pref != "0" && pref != "32766" && pref != "32767" {
+				h.run(t, command{args: []string{tool(t, "ip"), family, "rule", "del", "pref", pref}})
+			}
+		}
+	}
+}
+
+// echoes are flows through the gateway that talk until they are told to
+// finish.
+type echoes struct {
+	stop chan struct{}
+	wg   sync.WaitGroup
+	mu   sync.Mutex
+	errs []error
+	sent int64
+}
+
+// startEchoes opens n flows to an echo service of the outside, each sending
+// random bytes and reading them back all the time.
+func (w *world) startEchoes(t *testing.T, n int) *echoes {
+	t.Helper()
+	l := w.outside.listen(t, "tcp", outsideAt+":7")
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				io.Copy(c, c)
+				c.Close()
+			}()
+		}
+	}()
+	e := &echoes{stop: make(chan struct{})}
+	for i := range n {
+		c, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.wg.Go(func() {
+			defer c.Close()
+			sent, err := e.talk(c, uint64(i))
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.sent += sent
+			if err != nil {
+				e.errs = append(e.errs, fmt.Errorf("flow %d after %d bytes: %w", i, sent, err))
+			}
+		})
+	}
+	return e
+}
+
+// talk sends random chunks and hashes what it sent and what came back.
+func (e *echoes) talk(c net.Conn, seed uint64) (int64, error) {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	up, down := sha256.New(), sha256.New()
+	buf, back := make([]byte, 16<<10), make([]byte, 16<<10)
+	for sent := int64(0); ; {
+		n := 1 + rng.IntN(len(buf))
+		for i := range n {
+			buf[i] = byte(rng.Uint32())
+		}
+		up.Write(buf[:n])
+		c.SetDeadline(time.Now().Add(15 * time.Second))
+		if _, err := c.Write(buf[:n]); err != nil {
+			return sent, err
+		}
+		sent += int64(n)
+		if _, err := io.ReadFull(c, back[:n]); err != nil {
+			return sent, err
+		}
+		down.Write(back[:n])
+		select {
+		case <-e.stop:
+			if string(up.Sum(nil)) != string(down.Sum(nil)) {
+				return sent, errors.New("other bytes came back")
+			}
+			return sent, nil
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// finish ends the flows and fails the test if one of them lost a byte.
+func (e *echoes) finish(t *testing.T) {
+	t.Helper()
+	close(e.stop)
+	e.wg.Wait()
+	for _, err := range e.errs {
+		t.Error(err)
+	}
+	t.Logf("echoed %d bytes over the reloads", e.sent)
+}
+
+// TestLeakAfterKill: packets of flows that were running when the daemon was
+// killed do not find a way out either.
+func TestLeakAfterKill(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	l := w.outside.listen(t, "tcp", outsideAt+":7")
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go io.Copy(c, c)
+		}
+	}()
+	w.observe(t)
+	var conns []net.Conn
+	for range 50 {
+		c, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		conns = append(conns, c)
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.Write([]byte("hello"))
+		if _, err := io.ReadFull(c, make([]byte, 5)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.process.kill()
+	began := time.Now()
+	for _, c := range conns {
+		c.Write([]byte("are you there"))
+	}
+	for _, c := range conns {
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("a flow lives on without the daemon: %v", err)
+		}
+	}
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("the flows ended only after %v", took)
+	}
+	if n, who := w.leaked(t); n != 0 {
+		t.Errorf("%d packets leaked:\n%s", n, who)
+	}
+}
