@@ -194,8 +194,8 @@ func TestPoolEvicts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPool(t, Options{Pool4: netip.MustParsePrefix("192.0.2.0/28"), Max: 3, Quarantine: time.Hour})
 		a, b, c := addr4(p, "a"), addr4(p, "b"), addr4(p, "c")
-		addr4(p, "a") // now b is the one used longest ago
-		p.pin(b, 1)   // but has a flow, so c goes
+		p.lookup(a) // a flow; now b is the one used longest ago
+		p.pin(b, 1) // but has a flow, so c goes
 		addr4(p, "d")
 		for addr, want := range map[netip.Addr]string{a: "a", b: "b", c: ""} {
 			if got, _ := p.lookup(addr); got != want {

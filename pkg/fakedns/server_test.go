@@ -152,11 +152,7 @@ func startResolver(t testing.TB, way string, seen *asked) (addr string) {
 		}
 		w.WriteMsg(resp)
 	})
-	pc := listen(t)
-	ln, err := net.Listen("tcp", pc.addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	pc, ln := listenBoth(t)
 	for _, srv := range []*dns.Server{{PacketConn: pc.UDPConn, Handler: h}, {Listener: ln, Handler: h, MsgAcceptFunc: acceptAll}} {
 		srv.MsgAcceptFunc = acceptAll
 		ready, done := make(chan struct{}), make(chan error, 1)
@@ -171,6 +167,22 @@ func startResolver(t testing.TB, way string, seen *asked) (addr string) {
 		})
 	}
 	return pc.addr().String()
+}
+
+// listenBoth finds a port that is free for both.
+func listenBoth(t testing.TB) (packets, net.Listener) {
+	t.Helper()
+	var err error
+	for range 100 {
+		pc := listen(t)
+		var ln net.Listener
+		if ln, err = net.Listen("tcp", pc.addr().String()); err == nil {
+			return pc, ln
+		}
+		pc.Close()
+	}
+	t.Fatal(err)
+	return packets{}, nil
 }
 
 func acceptAll(dns.Header) dns.MsgAcceptAction { return dns.MsgAccept }
@@ -787,6 +799,23 @@ func TestRemoteFails(t *testing.T) {
 	})
 }
 
+// A name that is synthetic because the resolvers were silent has all its time
+// for a question through a server.
+func TestRemoteAfterSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeNet{at: map[string]func(string, *dns.Msg) *dns.Msg{resolver1.String(): silence, resolver2.String(): silence, "far": byZone}}
+		s := newServer(t, Options{Dial: f.Dial, Resolvers: []netip.AddrPort{resolver1, resolver2}, DialRemote: func(ctx context.Context, _ string, _ Asker, _ netip.AddrPort) (net.Conn, error) {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+			return f.Dial(ctx, "tcp", "far")
+		}})
+		if got := text(query(t, s, client, new(dns.Msg).SetQuestion("a.first.", dns.TypeTXT))); got != `NOERROR | a.first. 300 IN TXT "hello"` {
+			t.Error(got)
+		}
+	})
+}
+
 func TestOpcodes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakeNet{at: map[string]func(string, *dns.Msg) *dns.Msg{resolver1.String(): byZone}}
@@ -964,6 +993,31 @@ func TestResolve(t *testing.T) {
 	})
 }
 
+// askHot asks for an IPv4 address by the fast path; false: it does not answer.
+func askHot(t testing.TB, s *Server, name string, a netip.Addr) bool {
+	t.Helper()
+	b, err := new(dns.Msg).SetQuestion(name, dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.pool.mu.Lock()
+	defer s.pool.mu.Unlock()
+	var scratch [256]byte
+	return s.hot(&flow.Datagram{Data: b, Src: netip.AddrPortFrom(a, 1)}, &scratch, nil) != nil
+}
+
+func TestQuestionIsUse(t *testing.T) {
+	s := newServer(t, Options{Max: 3})
+	for _, name := range []string{"a.syn.", "b.syn.", "c.syn.", "a.syn.", "d.syn."} {
+		if !askHot(t, s, name, client.Addr) {
+			t.Fatalf("no answer for %s", name)
+		}
+	}
+	if got := names(s.pool.t); got["a.syn"] == 0 || got["b.syn"] != 0 {
+		t.Errorf("left: %v, want all but b.syn", got)
+	}
+}
+
 // The rules may give a name to one client and not to another, and change.
 func TestVerdictsByClient(t *testing.T) {
 	other := netip.MustParseAddr("203.0.113.8")
@@ -978,16 +1032,7 @@ func TestVerdictsByClient(t *testing.T) {
 			return Synthetic, shared
 		},
 	})
-	hot := func(a netip.Addr) bool {
-		b, err := new(dns.Msg).SetQuestion("a.example.", dns.TypeA).Pack()
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.pool.mu.Lock()
-		defer s.pool.mu.Unlock()
-		var scratch [256]byte
-		return s.hot(&flow.Datagram{Data: b, Src: netip.AddrPortFrom(a, 1)}, &scratch, nil) != nil
-	}
+	hot := func(a netip.Addr) bool { return askHot(t, s, "a.example.", a) }
 	for _, tt := range []struct {
 		name                string
 		shared              bool

@@ -220,6 +220,7 @@ func (s *store) adopt(f *os.File, size int, since []byte) error {
 	}
 	if err != nil {
 		f.Close()
+		os.Remove(f.Name())
 		return err
 	}
 	if s.file != nil {
