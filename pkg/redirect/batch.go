@@ -1,6 +1,7 @@
 package redirect
 
 import (
+	"errors"
 	"slices"
 	"strings"
 
@@ -20,14 +21,15 @@ type present struct {
 	sets   []string
 }
 
-// generation returns the suffix that the sets of the next plan can have.
-func (h present) generation() string {
-	for _, s := range h.sets {
-		if strings.HasSuffix(s, "_a") {
-			return "b"
+// generation returns the suffix that the sets of the next plan can have. One
+// generation is in force, and one may be what was not finished.
+func (h present) generation() (string, error) {
+	for _, g := range []string{"a", "b", "c"} {
+		if !slices.ContainsFunc(h.sets, func(s string) bool { return strings.HasSuffix(s, "_"+g) }) {
+			return g, nil
 		}
 	}
-	return "a"
+	return "", errors.New("redirect: the table has three generations of sets")
 }
 
 // stale returns the names that are not among those wanted.
@@ -35,19 +37,13 @@ func stale(have []string, want func(string) bool) []string {
 	return slices.DeleteFunc(slices.Clone(have), want)
 }
 
-// messages returns the transaction that makes the table t of what is there,
-// without a moment in which neither is in force. Readmit, if not nil, replaces
-// the elements of the dynamic sets.
-func (t *table) messages(there present, readmit []setElements) ([]netlink.Message, error) {
+// setMessages returns the transaction that adds the sets of the table, with
+// their elements. It comes before that of the rules, since a set of intervals
+// finds nothing until its transaction is over (the kernel builds what it
+// searches last), while the rules are in force a moment before.
+func (t *table) setMessages() ([]netlink.Message, error) {
 	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
-	anonymous := uint32(0)
 	return record(func(c *nftables.Conn) error {
-		if len(there.chains) > 0 {
-			c.FlushTable(nt)
-		}
-		for _, n := range counterNames() {
-			c.AddObj(&nftables.NamedObj{Table: nt, Name: n, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
-		}
 		for i, s := range t.sets {
 			ns := s.lib(nt, uint32(i+1))
 			if err := c.AddSet(ns, nil); err != nil {
@@ -59,7 +55,43 @@ func (t *table) messages(there present, readmit []setElements) ([]netlink.Messag
 				}
 			}
 		}
-		anonymous = uint32(len(t.sets))
+		return nil
+	})
+}
+
+// unset returns the transaction that takes back setMessages.
+func (t *table) unset(there present) ([]netlink.Message, error) {
+	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+	return record(func(c *nftables.Conn) error {
+		for _, s := range t.sets {
+			if !slices.Contains(there.sets, s.name) {
+				c.DelSet(&nftables.Set{Name: s.name, Table: nt})
+			}
+		}
+		return nil
+	})
+}
+
+// dynamic is what becomes of the dynamic sets: first they are emptied, or not,
+// then elements are added.
+type dynamic struct {
+	flush    bool
+	elements []setElements
+}
+
+// ruleMessages returns the transaction that puts the table in force, whose sets
+// are there, in place of the rules that are there, without a moment in which
+// neither is.
+func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error) {
+	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+	anonymous := uint32(0)
+	return record(func(c *nftables.Conn) error {
+		if len(there.chains) > 0 {
+			c.FlushTable(nt)
+		}
+		for _, n := range counterNames() {
+			c.AddObj(&nftables.NamedObj{Table: nt, Name: n, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
+		}
 		chains := make([]*nftables.Chain, len(t.chains))
 		accept := nftables.ChainPolicyAccept
 		for i, ch := range t.chains {
@@ -97,21 +129,17 @@ func (t *table) messages(there present, readmit []setElements) ([]netlink.Messag
 		}) {
 			c.DelSet(&nftables.Set{Name: n, Table: nt})
 		}
-		if readmit != nil {
-			for _, f := range []family{ip4, ip6} {
-				for q := partAddr; q <= partPort; q++ {
-					for _, kind := range []string{admittedSet, liveSet} {
-						if s := dynamicSet(kind, f, q).lib(nt, 1); slices.Contains(there.sets, s.Name) {
-							c.FlushSet(s)
-						}
-					}
+		if d.flush {
+			for _, s := range t.sets {
+				if s.timeout {
+					c.FlushSet(s.lib(nt, 1))
 				}
 			}
-			for _, e := range readmit {
-				for els := range slices.Chunk(e.elements, chunk) {
-					if err := c.SetAddElements(e.set.lib(nt, 1), els); err != nil {
-						return err
-					}
+		}
+		for _, e := range d.elements {
+			for els := range slices.Chunk(e.elements, chunk) {
+				if err := c.SetAddElements(e.set.lib(nt, 1), els); err != nil {
+					return err
 				}
 			}
 		}
@@ -119,14 +147,9 @@ func (t *table) messages(there present, readmit []setElements) ([]netlink.Messag
 	})
 }
 
-// anew puts the making of the table in front of its content, and the end of
-// the table before, if there is one.
-func anew(exists bool, flags uint32, content []netlink.Message) []netlink.Message {
-	var msgs []netlink.Message
-	if exists {
-		msgs = append(msgs, nfMessage(unix.NFT_MSG_DELTABLE, 0, stringAttr(unix.NFTA_TABLE_NAME, tableName)))
-	}
-	return append(append(msgs, newTableMessage(flags)), content...)
+// deleteTable and newTableMessage are the end and the beginning of the table.
+func deleteTable() netlink.Message {
+	return nfMessage(unix.NFT_MSG_DELTABLE, 0, stringAttr(unix.NFTA_TABLE_NAME, tableName))
 }
 
 func newTableMessage(flags uint32) netlink.Message {

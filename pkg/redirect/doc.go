@@ -5,8 +5,8 @@
 // One nftables table ("inet tproxyd"), a handful of policy routing rules, one
 // routing table and a classifier on each named interface are all that it puts
 // into the kernel. Apply makes them what a Plan says, from whatever is there, the
-// nftables part in one transaction; Remove takes all of it away, knowing neither
-// plan nor process. What a packet goes through:
+// rules in one transaction; Remove takes all of it away, knowing neither plan nor
+// process. What a packet goes through:
 //
 //	lan0 ──► classifier ──────────────────────────────────────────────► Entered mark
 //	     ──► prerouting ─► lan ─┬─ of a flow that we serve ───────────► Lan mark

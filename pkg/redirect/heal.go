@@ -27,6 +27,7 @@ type Healed struct {
 type monitor struct {
 	nft, route *netlink.Conn
 	own        uint32 // of the socket whose changes are ours
+	touched    bool   // somebody changes our table; for the reader of nft only
 }
 
 // dialMonitor connects in the network namespace of the calling thread. From
@@ -236,20 +237,25 @@ func (r *Redirect) healTable() error {
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	return r.replaceTable(r.plan, err == nil)
+	exists := err == nil
+	return r.putTable(r.plan, exists, exists, dynamic{elements: r.admitted.all(time.Now())})
 }
 
 // nftEvent reads a notification of nftables. In all that name a table it is
-// the attribute with the number 1.
+// the attribute with the number 1. What a transaction has changed is told piece
+// by piece, and then that there is a new generation, which is the moment to act.
 func (m *monitor) nftEvent(e *event, msg netlink.Message) {
 	const tableAttr = 1
 	kind := int(msg.Header.Type) & 0xff
-	if msg.Header.PID == m.own || msg.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || kind == unix.NFT_MSG_NEWGEN ||
-		len(msg.Data) < 4 || msg.Data[0] != unix.NFPROTO_INET {
-		return
-	}
-	if name, ok := attribute(msg.Data[4:], tableAttr); ok && text(name) == tableName {
-		e.table = true
+	switch {
+	case msg.Header.PID == m.own || msg.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(msg.Data) < 4:
+	case kind == unix.NFT_MSG_NEWGEN:
+		e.table = e.table || m.touched
+		m.touched = false
+	case msg.Data[0] == unix.NFPROTO_INET:
+		if name, ok := attribute(msg.Data[4:], tableAttr); ok && text(name) == tableName {
+			m.touched = true
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package redirect
 import (
 	"bytes"
 	"context"
+	"flag"
 	"net/netip"
 	"os/exec"
 	"runtime"
@@ -12,6 +13,13 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// Tests mostly wait for the kernel, so more of them than processors can run.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	flag.Set("test.parallel", "6")
+	m.Run()
+}
 
 // netns is a network namespace that lives on one thread.
 type netns struct {
@@ -90,6 +98,12 @@ func (n *netns) run(lines ...string) string {
 		all.WriteString(out)
 	}
 	return all.String()
+}
+
+// batch runs ip(8) for many lines at once.
+func (n *netns) batch(lines ...string) {
+	n.t.Helper()
+	n.run("ip -batch - <<'E'\n" + strings.Join(lines, "\n") + "\nE")
 }
 
 // open opens a Redirect in the namespace; it is closed with the test.

@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -86,7 +88,7 @@ func (r *Redirect) claim(noOwner bool) error {
 		if err == nil && info.flags&(flagOwner|flagPersist) == 0 {
 			return r.claimLock() // somebody without owner flags may be alive
 		}
-		switch err = r.nf.commit(anew(false, flagOwner|flagPersist, nil)); {
+		switch err = r.nf.commit([]netlink.Message{newTableMessage(flagOwner | flagPersist)}); {
 		case err == nil:
 			return nil
 		case errors.Is(err, unix.EPERM) && info.flags&flagOwner != 0:
@@ -108,8 +110,8 @@ func (r *Redirect) claimLock() (err error) {
 
 // Apply makes the kernel do what the plan says, from whatever it does, and may
 // be called as often as one likes. The routing comes first and its guard last,
-// the table in one transaction in between. With an error the table is what it
-// was.
+// the table in between: its sets, and then all of its rules in one transaction.
+// With an error the table is what it was.
 func (r *Redirect) Apply(p Plan) error {
 	if err := p.check(); err != nil {
 		return err
@@ -126,13 +128,7 @@ func (r *Redirect) apply(p *Plan) error {
 	if _, err := r.policy.ensure(p, divertRules); err != nil {
 		return err
 	}
-	switch err := r.applyTable(p); {
-	case errors.Is(err, errTruncated):
-		// What a block lacks the next one would decide. Nothing at all is safe.
-		none := p.Closed()
-		none.Blocks = nil
-		return errors.Join(err, r.applyTable(&none))
-	case err != nil:
+	if err := r.applyTable(p); err != nil {
 		return err
 	}
 	r.plan = p
@@ -162,8 +158,18 @@ func (r *Redirect) applyTable(p *Plan) error {
 			return err
 		}
 	}
-	if exists && (info.flags&flagOwner != 0) == r.can.own {
-		err := r.changeTable(p)
+	d := dynamic{flush: p.Readmit != nil}
+	if d.flush {
+		d.elements = r.admitted.all(time.Now())
+	}
+	return r.putTable(p, exists && (info.flags&flagOwner != 0) == r.can.own, exists, d)
+}
+
+// putTable puts the table in force. One that is there is changed, if it can be;
+// else it is replaced.
+func (r *Redirect) putTable(p *Plan, ours, exists bool, d dynamic) error {
+	if ours {
+		err := r.changeTable(p, d)
 		if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, errTruncated) {
 			return err
 		}
@@ -172,7 +178,9 @@ func (r *Redirect) applyTable(p *Plan) error {
 	return r.replaceTable(p, exists)
 }
 
-func (r *Redirect) changeTable(p *Plan) error {
+// changeTable adds the sets of the plan to the table that is there, and then
+// has the rules change over to them.
+func (r *Redirect) changeTable(p *Plan, d dynamic) error {
 	var there present
 	var err error
 	if there.chains, err = r.nf.names(unix.NFT_MSG_GETCHAIN); err != nil {
@@ -181,40 +189,70 @@ func (r *Redirect) changeTable(p *Plan) error {
 	if there.sets, err = r.nf.names(unix.NFT_MSG_GETSET); err != nil {
 		return fmt.Errorf("redirect: sets: %w", err)
 	}
-	t, err := newTable(p, there.generation())
+	gen, err := there.generation()
 	if err != nil {
 		return err
 	}
-	var readmit []setElements
-	if p.Readmit != nil {
-		readmit = r.admitted.all(time.Now())
-	}
-	msgs, err := t.messages(there, readmit)
+	t, err := newTable(p, gen)
 	if err != nil {
 		return err
 	}
-	if err := r.nf.commit(msgs); err != nil {
+	sets, err := t.setMessages()
+	if err != nil {
 		return err
 	}
-	return r.verify(t)
+	rules, err := t.ruleMessages(there, d)
+	if err != nil {
+		return err
+	}
+	if err = r.nf.commit(sets); err != nil {
+		return err
+	}
+	if err = r.verify(t); err == nil {
+		err = r.nf.commit(rules)
+	}
+	if err != nil {
+		if back, e := t.unset(there); e == nil {
+			r.nf.commit(back) // what cannot be taken back the next plan takes away
+		}
+	}
+	return err
 }
 
+// replaceTable makes the table from nothing. If one is there it ends with the
+// beginning of the new one, at the price that the sets of that are empty for
+// the first moment.
 func (r *Redirect) replaceTable(p *Plan, exists bool) error {
-	t, err := newTable(p, "a")
-	if err != nil {
-		return err
-	}
-	content, err := t.messages(present{}, r.admitted.all(time.Now()))
-	if err != nil {
-		return err
-	}
 	flags := uint32(0)
 	if r.can.own {
 		flags = flagOwner | flagPersist
 	}
-	err = r.nf.commit(anew(exists, flags, content))
-	if exists && errors.Is(err, unix.ENOENT) { // somebody was quicker to delete it
-		err = r.nf.commit(anew(false, flags, content))
+	d := dynamic{elements: r.admitted.all(time.Now())}
+	if !exists {
+		if err := r.nf.commit([]netlink.Message{newTableMessage(flags)}); err != nil {
+			return err
+		}
+		err := r.changeTable(p, d)
+		if err != nil {
+			r.nf.commit([]netlink.Message{deleteTable()})
+		}
+		return err
+	}
+	t, err := newTable(p, "a")
+	if err != nil {
+		return err
+	}
+	sets, err := t.setMessages()
+	if err != nil {
+		return err
+	}
+	rules, err := t.ruleMessages(present{}, d)
+	if err != nil {
+		return err
+	}
+	err = r.nf.commit(slices.Concat([]netlink.Message{deleteTable(), newTableMessage(flags)}, sets, rules))
+	if errors.Is(err, unix.ENOENT) { // somebody was quicker to delete it
+		return r.replaceTable(p, false)
 	}
 	if err != nil {
 		return err
@@ -309,7 +347,7 @@ func remove(nf *nfnl, p *policy) error {
 	case err == nil:
 		// The table first: while the guards of routing are still there what
 		// comes in meanwhile is prohibited.
-		err = nf.commit(anew(true, 0, nil)[:1])
+		err = nf.commit([]netlink.Message{deleteTable()})
 		if errors.Is(err, unix.EPERM) && info.flags&flagOwner != 0 {
 			return ErrInUse
 		}

@@ -56,7 +56,7 @@ func fullPlan() Plan {
 }
 
 var (
-	suffixes = regexp.MustCompile(`(?m)^\tflags (owner|persist|owner,persist)\n\n|^# progname.*\n`)
+	suffixes = regexp.MustCompile(`(?m)^\tflags ?[a-z,]*\n\n?|^# progname.*\n`)
 	numbers  = regexp.MustCompile(`packets \d+ bytes \d+`)
 )
 

@@ -67,24 +67,24 @@ func worldPlan() Plan {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{t: t, client: newNetns(t), gateway: newNetns(t), server: newNetns(t)}
-	w.gateway.run(
-		"ip link add lan0 index 11 type veth peer name eth0 index 21 netns "+w.client.path,
-		"ip link add wan0 index 12 type veth peer name eth0 index 22 netns "+w.server.path,
-		"ip addr add fe80::1/64 dev lan0 nodad", "ip addr add fe80::1/64 dev wan0 nodad", // the kernel makes its own a second late
-		"ip addr add 10.7.1.1/24 dev lan0", "ip addr add 2001:db8:1::1/64 dev lan0 nodad",
-		"ip addr add 192.0.2.1/24 dev wan0", "ip addr add 2001:db8:2::1/64 dev wan0 nodad",
-		"ip link set lan0 up", "ip link set wan0 up",
-		"sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
-		"ip route add default via 192.0.2.2", "ip -6 route add default via 2001:db8:2::2")
-	w.client.run(
-		"ip addr add fe80::2/64 dev eth0 nodad", "ip addr add 10.7.1.2/24 dev eth0", "ip addr add 2001:db8:1::2/64 dev eth0 nodad", "ip link set eth0 up",
-		"ip route add default via 10.7.1.1", "ip -6 route add default via 2001:db8:1::1")
-	w.server.run(
-		"ip addr add fe80::2/64 dev eth0 nodad", "ip addr add 192.0.2.2/24 dev eth0", "ip addr add 2001:db8:2::2/64 dev eth0 nodad", "ip link set eth0 up",
-		"ip route add default via 192.0.2.1", "ip -6 route add default via 2001:db8:2::1")
-	for _, n := range []string{"203.0.113.0/24", "198.51.100.0/24", "2001:db8:a::/48", "2001:db8:b::/48", "198.18.0.0/15", "fd74:7072:6f78::/96"} {
-		w.server.run("ip route add local " + n + " dev lo")
-	}
+	// The indexes differ, since the kernel tells of carrier late if they do not.
+	w.gateway.batch(
+		"link add lan0 index 11 type veth peer name eth0 index 21 netns "+w.client.path,
+		"link add wan0 index 12 type veth peer name eth0 index 22 netns "+w.server.path,
+		"addr add fe80::1/64 dev lan0 nodad", "addr add fe80::1/64 dev wan0 nodad", // the kernel makes its own late
+		"addr add 10.7.1.1/24 dev lan0", "addr add 2001:db8:1::1/64 dev lan0 nodad",
+		"addr add 192.0.2.1/24 dev wan0", "addr add 2001:db8:2::1/64 dev wan0 nodad",
+		"link set lan0 up", "link set wan0 up",
+		"route add default via 192.0.2.2", "route add default via 2001:db8:2::2")
+	w.gateway.run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0")
+	w.client.batch(
+		"addr add fe80::2/64 dev eth0 nodad", "addr add 10.7.1.2/24 dev eth0", "addr add 2001:db8:1::2/64 dev eth0 nodad", "link set eth0 up",
+		"route add default via 10.7.1.1", "route add default via 2001:db8:1::1")
+	w.server.batch(
+		"addr add fe80::2/64 dev eth0 nodad", "addr add 192.0.2.2/24 dev eth0", "addr add 2001:db8:2::2/64 dev eth0 nodad", "link set eth0 up",
+		"route add default via 192.0.2.1", "route add default via 2001:db8:2::1",
+		"route add local 203.0.113.0/24 dev lo", "route add local 198.51.100.0/24 dev lo", "route add local 198.18.0.0/15 dev lo",
+		"route add local 2001:db8:a::/48 dev lo", "route add local 2001:db8:b::/48 dev lo", "route add local fd74:7072:6f78::/96 dev lo")
 	w.server.run(`nft -f - <<'N'
 table inet seen {
 	counter proxied {}

@@ -1,0 +1,508 @@
+package redirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// state is everything of a namespace that Remove must leave as it found it.
+func (n *netns) state() string {
+	n.t.Helper()
+	out := n.run("nft -a list ruleset; (ip rule; ip -6 rule) | sort; (ip route show table all; ip -6 route show table all) | sort; tc qdisc; " +
+		"for i in lan0 wan0; do tc filter show dev $i ingress; done")
+	return regexp.MustCompile(`expires \d+sec|table inet tproxyd # handle \d+|packets \d+ bytes \d+`).ReplaceAllString(out, "")
+}
+
+// foreign is what others have in the kernel and keep.
+func foreign() []string {
+	return []string{
+		"nft add table inet other", "nft add chain inet other in '{ type filter hook input priority 0; }'", "nft add table ip tproxyd",
+		"ip rule add pref 90 fwmark 0x1/0x1 lookup 7470", "ip rule add pref 170 fwmark 0x2/0x2 lookup 7470", "ip -6 rule add pref 173 iif wan0 lookup main",
+		"ip route add 192.0.2.128/25 dev lan0 table 7471", "tc qdisc add dev wan0 clsact",
+	}
+}
+
+// sysctls is the rest of what could be changed.
+func (n *netns) sysctls() string {
+	n.t.Helper()
+	return n.run("cd /proc/sys/net && grep -rs . ipv4 ipv6 netfilter | grep -v -e nf_conntrack_count -e secret -e fastopen_key")
+}
+
+func gatewayLinks(n *netns) {
+	n.batch("link add lan0 type veth peer name wlan1", "link add wan0 type veth peer name wan1",
+		"link set lan0 up", "link set wlan1 up", "link set wan0 up")
+}
+
+func (n *netns) remove() (err error) {
+	n.do(func() { err = Remove() })
+	return err
+}
+
+func TestRemove(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*testing.T, *netns, *Redirect){
+		"open":            func(t *testing.T, n *netns, r *Redirect) { r.Close(false) },
+		"closed":          func(t *testing.T, n *netns, r *Redirect) { r.Close(true) },
+		"killed":          func(t *testing.T, n *netns, r *Redirect) { r.release() },
+		"killed, flushed": func(t *testing.T, n *netns, r *Redirect) { r.release(); n.run("nft delete table inet tproxyd") },
+	} {
+		for _, noOwner := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, owner %v", name, !noOwner), func(t *testing.T) {
+				t.Parallel()
+				n := newNetns(t)
+				gatewayLinks(n)
+				n.run(foreign()...)
+				before := n.state() + n.sysctls()
+				r := n.open(Options{noOwner: noOwner})
+				if err := r.Apply(fullPlan()); err != nil {
+					t.Fatal(err)
+				}
+				if strings.HasPrefix(before, n.state()) {
+					t.Error("Apply has done nothing")
+				}
+				if err := n.remove(); !errors.Is(err, ErrInUse) {
+					t.Errorf("Remove while it is in use: %v", err)
+				}
+				end(t, n, r)
+				for range 2 {
+					if err := n.remove(); err != nil {
+						t.Fatal(err)
+					}
+					if diff := cmp.Diff(strings.Split(before, "\n"), strings.Split(n.state()+n.sysctls(), "\n")); diff != "" {
+						t.Errorf("before (-) and after (+):\n%s", diff)
+					}
+				}
+			})
+		}
+	}
+}
+
+// One redirector for a namespace, however each of them holds it; the next one
+// takes over what is there, without a moment without a table.
+func TestOneForANamespace(t *testing.T) {
+	t.Parallel()
+	for _, noOwner := range []bool{false, true} {
+		n := newNetns(t)
+		gatewayLinks(n)
+		second := func() (r *Redirect, err error) {
+			n.do(func() { r, err = Open(Options{noOwner: noOwner}) })
+			return r, err
+		}
+		r := n.open(Options{noOwner: noOwner})
+		for _, when := range []string{"opened", "applied"} {
+			if _, err := second(); !errors.Is(err, ErrInUse) {
+				t.Errorf("owner %v, %s: a second Open: %v", !noOwner, when, err)
+			}
+			if err := r.Apply(fullPlan()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := n.table()
+		r.release()
+		next, err := second()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(before, n.table()); diff != "" {
+			t.Errorf("owner %v: the next Open has changed the table:\n%s", !noOwner, diff)
+		}
+		if err := errors.Join(next.Apply(fullPlan()), next.Close(false)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A table of another kind, of a process that is gone, is taken over too.
+func TestOwnerAfterNoOwner(t *testing.T) {
+	t.Parallel()
+	for _, first := range []bool{false, true} {
+		n := newNetns(t)
+		gatewayLinks(n)
+		r := n.open(Options{noOwner: first})
+		if err := r.Apply(fullPlan()); err != nil {
+			t.Fatal(err)
+		}
+		before := n.table()
+		r.Close(true)
+		r = n.open(Options{noOwner: !first})
+		if err := r.Apply(fullPlan()); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(before, n.table()); diff != "" {
+			t.Errorf("no owner %v: the table is another now:\n%s", first, diff)
+		}
+	}
+}
+
+// sameNames makes the names of all generations of sets one.
+func sameNames(s string) string { return regexp.MustCompile(`_[abc]\b`).ReplaceAllString(s, "_x") }
+
+func TestApplyTwice(t *testing.T) {
+	t.Parallel()
+	for _, noOwner := range []bool{false, true} {
+		n := newNetns(t)
+		gatewayLinks(n)
+		r := n.open(Options{noOwner: noOwner})
+		p := fullPlan()
+		if err := r.Apply(p); err != nil {
+			t.Fatal(err)
+		}
+		list := func() string {
+			blocks := strings.Split(strings.TrimSuffix(sameNames(n.table()), "}\n"), "\n\n") // a chain or a set each
+			for i := range blocks {
+				blocks[i] = strings.TrimSpace(blocks[i])
+			}
+			slices.Sort(blocks)
+			return strings.Join(blocks, "\n\n") + n.run("(ip rule; ip -6 rule) | sort; (ip route show table all; ip -6 route show table all) | sort; tc qdisc")
+		}
+		first := list()
+		for i := range 2 {
+			if err := r.Apply(p); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(first, list()); diff != "" {
+				t.Errorf("owner %v: Apply number %d changed something:\n%s", !noOwner, i+2, diff)
+			}
+		}
+		// A plan with less, and back: nothing of the other stays.
+		less := Plan{Interfaces: []string{"wlan1"}, Marks: Marks{Value: 0x100, Mask: 0xf00}, Table: 7480, Blocks: []Block{{Direct: ranges("0.0.0.0/0")}}}
+		if err := r.Apply(less); err != nil {
+			t.Fatal(err)
+		}
+		if out := list(); strings.Contains(out, "7470") || strings.Contains(out, "lan0\"") || strings.Contains(out, "0x7000") {
+			t.Errorf("owner %v: of the plan before there is still:\n%s", !noOwner, out)
+		}
+		if err := r.Apply(p); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(first, list()); diff != "" {
+			t.Errorf("owner %v: after another plan:\n%s", !noOwner, diff)
+		}
+	}
+}
+
+// A plan that cannot be is refused, and what is there stays.
+func TestApplyRefuses(t *testing.T) {
+	t.Parallel()
+	n := newNetns(t)
+	gatewayLinks(n)
+	r := n.open(Options{})
+	if err := r.Apply(fullPlan()); err != nil {
+		t.Fatal(err)
+	}
+	before := n.state()
+	for name, change := range map[string]func(*Plan){
+		"marks":     func(p *Plan) { p.Marks.Value = 0x10000 },
+		"table":     func(p *Plan) { p.Table = 254 },
+		"interface": func(p *Plan) { p.Interfaces = []string{"lan 0"} },
+		"lo":        func(p *Plan) { p.Interfaces = []string{"lo"} },
+		"server":    func(p *Plan) { p.Servers = []netip.AddrPort{{}} },
+		"range":     func(p *Plan) { p.Blocks = []Block{{Direct: []Range{{mustAddr("10.0.0.2"), mustAddr("10.0.0.1")}}}} },
+		"families":  func(p *Plan) { p.Blocks = []Block{{Direct: []Range{{mustAddr("10.0.0.2"), mustAddr("::1")}}}} },
+		"ports":     func(p *Plan) { p.Blocks = []Block{{Ports: []PortRange{{2, 1}}}} },
+		"two lists": func(p *Plan) { p.Blocks = []Block{{Direct: ranges("10.0.0.0/8"), Deny: ranges("10.1.0.0/16")}} },
+		"readmit":   func(p *Plan) { p.Readmit = []Admission{{}} },
+	} {
+		p := fullPlan()
+		change(&p)
+		if err := r.Apply(p); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		if diff := cmp.Diff(before, n.state()); diff != "" {
+			t.Fatalf("%s: the kernel was changed:\n%s", name, diff)
+		}
+	}
+}
+
+// traffic asks the same things again and again until stop is called, which
+// tells how often and what was answered otherwise than wanted.
+func (w *world) traffic(from *netns, want ...asked) (stop func() (int, []string)) {
+	ctx, cancel := context.WithCancel(w.t.Context())
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	rounds, wrong := 0, []string{}
+	all.Go(func() {
+		for ctx.Err() == nil {
+			for _, a := range want {
+				f := strings.Fields(a.what)
+				got := ask(from, f[0], f[1])
+				mu.Lock()
+				if !strings.HasPrefix(got, a.got) {
+					wrong = append(wrong, a.what+": "+got)
+				}
+				rounds++
+				mu.Unlock()
+			}
+		}
+	})
+	return func() (int, []string) {
+		cancel()
+		all.Wait()
+		return rounds, wrong
+	}
+}
+
+func TestApplyUnderTraffic(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := w.start(worldPlan())
+	kept := []*flowing{w.dial("203.0.113.5:80"), w.dial("[2001:db8:a::5]:80"), w.dial("198.51.100.5:80"), w.dial("[2001:db8:b::5]:80")}
+	stop := w.traffic(w.client,
+		asked{"tcp 203.0.113.5:80", "proxy"}, asked{"tcp [2001:db8:a::5]:80", "proxy"},
+		asked{"udp 203.0.113.5:7000", "ECONNREFUSED"}, asked{"udp 198.51.100.5:53", "dns"},
+		asked{"tcp 198.51.100.5:80", "server"}, asked{"tcp [2001:db8:b::5]:80", "server"}, asked{"udp 198.51.100.5:7000", "server"})
+	for i := range 10 {
+		p.Blocks[0].Ports = []PortRange{{7001, uint16(7010 + i)}}
+		w.apply(p)
+		for _, c := range kept {
+			c.echo(t)
+		}
+	}
+	rounds, wrong := stop()
+	if rounds < 20 || len(wrong) > 0 {
+		t.Errorf("%d questions, wrong answers: %v", rounds, wrong)
+	}
+	w.leaked()
+}
+
+// Heal puts back whatever is taken away, and until then nothing leaks.
+func TestHeal(t *testing.T) {
+	t.Parallel()
+	for _, noOwner := range []bool{false, true} {
+		t.Run(fmt.Sprintf("owner %v", !noOwner), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.gateway.run("sysctl -qw net.ipv6.conf.lan0.keep_addr_on_down=1")
+			p := worldPlan()
+			p.Ports = w.listen()
+			w.r = w.gateway.open(Options{noOwner: noOwner})
+			w.apply(p)
+			heard := w.heal()
+			// A link-local address does not come back with its interface.
+			noise := regexp.MustCompile(`(?m) # handle \d+| id \d+|^32766.*\n|^(local|anycast) fe80::.*\n`)
+			state := func() string { return sameNames(noise.ReplaceAllString(w.gateway.state(), "")) }
+			before := state()
+			for _, c := range healing() {
+				if c.only == ownerOnly && noOwner || c.only == noOwnerOnly && !noOwner {
+					continue
+				}
+				was := w.r.Healed()
+				stop := w.traffic(w.client, asked{"tcp 203.0.113.5:80", ""}, asked{"tcp [2001:db8:a::5]:80", ""}, asked{"udp 203.0.113.5:7000", ""})
+				w.gateway.run(c.does)
+				if c.what != "" {
+					heard(c.what)
+				}
+				stop()
+				got := w.r.Healed()
+				n := Healed{got.Tables - was.Tables, got.Rules - was.Rules, got.Routes - was.Routes, got.Marks - was.Marks}
+				if n != c.want {
+					t.Errorf("%s: healed is %+v, want %+v", c.does, n, c.want)
+				}
+				w.works()
+				if diff := cmp.Diff(before, state()); diff != "" {
+					t.Fatalf("%s: before (-) and healed (+):\n%s", c.does, diff)
+				}
+			}
+		})
+	}
+}
+
+// harm is what somebody does, and what is heard of it.
+type harm struct {
+	does string
+	only int // where the table has an owner, or none
+	what string
+	want Healed
+}
+
+const (
+	anyOwner = iota
+	ownerOnly
+	noOwnerOnly
+)
+
+func healing() []harm {
+	return []harm{
+		{"nft flush ruleset && nft list tables", noOwnerOnly, "table", Healed{Tables: 1}},
+		{"nft delete table inet tproxyd", noOwnerOnly, "table", Healed{Tables: 1}},
+		{"nft flush chain inet tproxyd lan", noOwnerOnly, "table", Healed{Tables: 1}},
+		{"nft insert rule inet tproxyd decide accept", noOwnerOnly, "table", Healed{Tables: 1}},
+		{"nft flush chain inet tproxyd lan || nft flush ruleset || nft delete table inet tproxyd || true", ownerOnly, "", Healed{}},
+		{"ip rule del pref 170", anyOwner, "rule", Healed{Rules: 1}},
+		{"ip rule del pref 173", anyOwner, "rule", Healed{Rules: 1}},
+		{"ip -6 rule del pref 170", anyOwner, "rule", Healed{Rules: 1}},
+		{"ip -6 rule del pref 172", anyOwner, "rule", Healed{Rules: 1}},
+		{"ip -6 rule del pref 173", anyOwner, "rule", Healed{Rules: 1}},
+		{"ip route flush table 7470", anyOwner, "route", Healed{Routes: 1}},
+		{"ip -6 route flush table 7470", anyOwner, "route", Healed{Routes: 1}},
+		{"ip route replace unicast default via 192.0.2.2 table 7470", anyOwner, "route", Healed{Routes: 1}},
+		{"tc qdisc del dev lan0 clsact", anyOwner, "mark", Healed{Marks: 1}},
+		{"tc filter del dev lan0 ingress", anyOwner, "mark", Healed{Marks: 1}},
+		{"ip link set lan0 down; ip link set lan0 up", anyOwner, "link lan0", Healed{}},
+	}
+}
+
+// works asks for one of each, and that nothing has leaked.
+func (w *world) works() {
+	w.t.Helper()
+	w.expect(w.client,
+		asked{"tcp 203.0.113.5:80", "proxy 203.0.113.5:80 lan"}, asked{"tcp [2001:db8:a::5]:80", "proxy [2001:db8:a::5]:80 lan"},
+		asked{"tcp 198.51.100.5:80", "server 198.51.100.5:80"}, asked{"tcp [2001:db8:b::5]:80", "server [2001:db8:b::5]:80"},
+		asked{"udp 198.51.100.5:53", "dns 198.51.100.5:53 lan hello"})
+	w.leaked()
+}
+
+// heal runs Heal until the test ends. What it returns waits for an event.
+func (w *world) heal() func(what string) {
+	ctx, cancel := context.WithCancel(context.Background())
+	events := make(chan string, 100)
+	done := make(chan error)
+	go func() { done <- w.r.Heal(ctx, func(what string) { events <- what }) }()
+	w.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			w.t.Errorf("Heal: %v", err)
+		}
+	})
+	return func(what string) {
+		w.t.Helper()
+		for late := time.After(5 * time.Second); ; {
+			select {
+			case got := <-events:
+				if got == what {
+					return
+				}
+			case <-late:
+				w.t.Errorf("%s was not put right", what)
+				return
+			}
+		}
+	}
+}
+
+// Without anybody to put things right: whichever of the three guards is taken
+// away, the others hold. The next Apply puts it back.
+func TestGuards(t *testing.T) {
+	t.Parallel()
+	for _, filter := range []string{"0", "2"} {
+		t.Run("rp_filter "+filter, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.gateway.run("sysctl -qw net.ipv4.conf.all.rp_filter=" + filter)
+			p := worldPlan()
+			p.Local = true
+			p.Ports = w.listen()
+			w.r = w.gateway.open(Options{noOwner: true})
+			w.apply(p)
+			for _, c := range []struct {
+				does  string
+				local bool // routing guards nothing of this host's own
+			}{
+				{"nft flush ruleset", false},
+				{"nft flush chain inet tproxyd lan", false},
+				{"nft flush chain inet tproxyd postrouting", true},
+				{"ip rule del pref 170; ip -6 rule del pref 170; ip rule del pref 171; ip -6 rule del pref 171", true},
+				{"ip rule del pref 173; ip -6 rule del pref 173", true},
+				{"ip route flush table 7470; ip -6 route flush table 7470", true},
+				{"ip rule flush; ip -6 rule flush; ip rule add pref 32766 lookup main; ip -6 rule add pref 32766 lookup main", true},
+				{"tc qdisc del dev lan0 clsact", true},
+			} {
+				w.gateway.run(c.does)
+				from := []*netns{w.client}
+				if c.local {
+					from = append(from, w.gateway)
+				}
+				for _, n := range from {
+					// One datagram each, and what opens a connection: no waiting.
+					n.run(`for a in 203.0.113.5 2001:db8:a::5 198.18.3.4; do for p in tcp udp; do timeout 0.3 bash -c "echo x > /dev/$p/$a/80" 2>/dev/null & done; done; wait`)
+				}
+				if n := w.seen(); n != 0 {
+					t.Fatalf("%s: %d packets of proxied destinations came to the server", c.does, n)
+				}
+				w.apply(p)
+				w.works()
+			}
+		})
+	}
+}
+
+func TestInterfaceName(t *testing.T) {
+	t.Parallel()
+	n := newNetns(t)
+	n.run("ip link add lan0 index 77 type veth peer name lan9")
+	r := n.open(Options{})
+	name := func(index int, want string) {
+		t.Helper()
+		if got := r.InterfaceName(index); got != want {
+			t.Errorf("interface %d is %q, want %q", index, got, want)
+		}
+	}
+	name(77, "lan0")
+	n.run("ip link set lan0 down; ip link set lan0 name lan1")
+	name(77, "lan1")
+	for _, i := range []int{-1, 0, 1, 78} {
+		name(i, "")
+	}
+	r.Close(false)
+	name(77, "")
+}
+
+func TestAbilities(t *testing.T) {
+	t.Parallel()
+	for _, a := range Abilities() {
+		if a.State != "yes" && !strings.HasPrefix(a.State, "no: ") {
+			t.Errorf("%s: %s", a.Name, a.State)
+		}
+		if a.Name != "nftables table owner" && a.State != "yes" {
+			t.Errorf("%s: %s", a.Name, a.State)
+		}
+	}
+}
+
+// flowing is a connection through the gateway that repeats what is said.
+type flowing struct{ c net.Conn }
+
+func (w *world) dial(addr string) *flowing {
+	w.t.Helper()
+	var c net.Conn
+	var err error
+	w.client.do(func() { c, err = (&net.Dialer{Timeout: wait}).Dial("tcp", addr) })
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { c.Close() })
+	f := &flowing{c}
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	b := make([]byte, 200)
+	if _, err := c.Read(b); err != nil { // who it is
+		w.t.Fatal(err)
+	}
+	return f
+}
+
+// try says something, and returns what goes wrong.
+func (f *flowing) try() error {
+	if _, err := f.c.Write([]byte("x")); err != nil {
+		return err
+	}
+	_, err := f.c.Read(make([]byte, 1))
+	return err
+}
+
+func (f *flowing) echo(t *testing.T) {
+	t.Helper()
+	if err := f.try(); err != nil {
+		t.Errorf("%s: %v", f.c.RemoteAddr(), err)
+	}
+}
