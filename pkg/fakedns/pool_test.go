@@ -320,7 +320,7 @@ func TestPoolModel(t *testing.T) {
 			p := newPool(t, Options{Pool4: prefix, Max: 20, Quarantine: quarantine})
 			m := &model{max: 20, names: map[string]netip.Addr{}, pins: map[string]int{}, banned: map[netip.Addr]time.Time{}}
 			refused := 0
-			for step := range 4000 {
+			for step := range 2000 {
 				name := fmt.Sprint("name", r.IntN(40))
 				switch op := r.IntN(20); {
 				case op < 12:
@@ -397,7 +397,7 @@ func TestPoolModel(t *testing.T) {
 // Names come and go for long; the arena and the hash chains must follow.
 func TestTableChurn(t *testing.T) {
 	tab := newTable(1<<16, 5000)
-	for i := range uint32(200_000) {
+	for i := range uint32(100_000) {
 		if tab.size >= tab.max {
 			tab.evict(tab.victim(), i)
 		}
@@ -407,7 +407,7 @@ func TestTableChurn(t *testing.T) {
 	if len(tab.text) > 1<<20 || len(tab.entries) > 1<<16 {
 		t.Errorf("%d bytes of text and %d entries for %d names", len(tab.text), len(tab.entries), tab.size)
 	}
-	if i := tab.find([]byte("host199999.some.longer.domain.example")); i == 0 || !bytes.Equal(tab.name(i), []byte("host199999.some.longer.domain.example")) {
+	if i := tab.find([]byte("host99999.some.longer.domain.example")); i == 0 || !bytes.Equal(tab.name(i), []byte("host99999.some.longer.domain.example")) {
 		t.Errorf("the last name has index %d", i)
 	}
 }

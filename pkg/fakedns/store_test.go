@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -168,7 +169,10 @@ func TestStoreTruncated(t *testing.T) {
 func TestStoreFlippedByte(t *testing.T) {
 	log, _ := sample()
 	record := (len(log) - len(logHeader)) / 5
-	for at := range log {
+	for at := range len(logHeader) + 3*record {
+		if at > len(logHeader) && at < len(logHeader)+2*record {
+			continue // the third record stands for all
+		}
 		bad := bytes.Clone(log)
 		bad[at] ^= 0x55
 		dir := putLog(t, bad)
@@ -286,11 +290,11 @@ func TestStoreRenewal(t *testing.T) {
 
 func TestStoreRenewalBesideAnswers(t *testing.T) {
 	dir := t.TempDir()
-	p := newPool(t, Options{Dir: dir, Pool4: pool4})
+	p := newPool(t, Options{Dir: dir, Pool4: pool4, Max: 300})
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		for i := range 20_000 { // too few for housekeeping to renew too
+		for i := range 15_000 { // too few for housekeeping to renew too
 			select {
 			case <-stop:
 				return
@@ -299,13 +303,13 @@ func TestStoreRenewalBesideAnswers(t *testing.T) {
 			}
 		}
 	})
-	for range 20 {
+	for range 8 {
 		p.renew()
 		p.mu.Lock()
 		got, want := written(t, dir), names(p.t)
 		p.mu.Unlock()
-		if !cmp.Equal(got, want) {
-			t.Errorf("%d names in the file, %d in the table", len(got), len(want))
+		if !maps.Equal(got, want) {
+			t.Errorf("%d names in the file, %d in the table, not the same", len(got), len(want))
 		}
 	}
 	close(stop)
@@ -316,8 +320,8 @@ func TestStoreRenewalBesideAnswers(t *testing.T) {
 func TestStoreStaysSmall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
-		p := newPool(t, Options{Dir: dir, Pool4: pool4, Max: 100})
-		for i := range 120_000 {
+		p := newPool(t, Options{Dir: dir, Pool4: netip.MustParsePrefix("192.0.2.0/24"), Max: 100})
+		for i := range 60_000 {
 			addr4(p, fmt.Sprintf("host%d.example", i))
 			if i%10_000 == 0 {
 				time.Sleep(2 * time.Second) // housekeeping has its turn
@@ -325,7 +329,7 @@ func TestStoreStaysSmall(t *testing.T) {
 		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if st, err := os.Stat(filepath.Join(dir, logName)); err != nil || st.Size() > 8<<20 {
+		if st, err := os.Stat(filepath.Join(dir, logName)); err != nil || st.Size() > 1<<20+1<<17 {
 			t.Errorf("%v, %v", st.Size(), err)
 		}
 		if got, want := written(t, dir), names(p.t); !cmp.Equal(got, want) {
