@@ -19,8 +19,8 @@ table inet neighbour {
 	set keep { type ipv4_addr; elements = { 192.0.2.77 } }
 	chain forward { type filter hook forward priority 0; policy accept; ip daddr @keep counter drop; }
 }`)
-	h.ip(t, "rule add pref 1234 fwmark 0x1 lookup 99", "-6 rule add pref 1234 fwmark 0x1 lookup 99",
-		"route add 192.0.2.128/25 dev lan0 table 99")
+	h.ip(t, "rule add pref 1234 fwmark 0x1 lookup 99", "route add 192.0.2.128/25 dev lan0 table 99")
+	h.run(t, command{args: strings.Fields(tool(t, "ip") + " -6 rule add pref 1234 fwmark 0x1 lookup 99")}).ok(t)
 }
 
 func TestCleanup(t *testing.T) {

@@ -129,7 +129,7 @@ func TestCheck(t *testing.T) {
 	// Mistakes of both files in one run; unknown keys are errors.
 	h.file(t, "tproxyd.toml", "routes = \"socks.cnf\"\nroute = \"typo\"\n[intercept]\ninterfaces = [\"lan0\"]\nfail = \"ajar\"\nmark = \"0x1\"\n[no-such-table]\nx = 1\n[dns]\npool4 = \"198.18.0.0/15\"\nttl = -1\n", 0o644)
 	r = d.cli(t, "check", "-c", d.config).exit(t, 2)
-	for _, want := range []string{"tproxyd.toml:2:", "tproxyd.toml:5:", "tproxyd.toml:6:", "tproxyd.toml:7:", "tproxyd.toml:11:"} {
+	for _, want := range []string{"tproxyd.toml:2:", "tproxyd.toml:5:", "tproxyd.toml:6:", "tproxyd.toml:8:", "tproxyd.toml:11:"} {
 		if !strings.Contains(r.out+r.err, want) {
 			t.Errorf("nothing about %s\n%s%s", want, r.out, r.err)
 		}

@@ -92,7 +92,7 @@ func TestSilentServers(t *testing.T) {
 		io.Copy(io.Discard, c)
 		c.Close()
 	})
-	w.socks2.nft(t, "table inet hole { chain in { type filter hook input priority 0; tcp dport 1080 drop; } }")
+	w.socks2.nft(t, "table inet hole { chain in { type filter hook input priority 0; tcp dport 1080 drop; }; }")
 	serve(t, w.gateway, settings{routes: `TIMEOUT connect=1s handshake=1s
 SOCKD5 @=198.51.100.11 * 1
 SOCKD5 @=198.51.100.12 * 2

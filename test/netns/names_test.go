@@ -111,7 +111,7 @@ DEFAULT DENY
 	if got := w.client.dig(t, outsideNS, "printer", "A"); len(got) != 1 || got[0] != clientAt {
 		t.Errorf("printer: %v", got)
 	}
-	if got := w.client.dig(t, outsideNS, "2.2.0.192.in-addr.arpa", "PTR"); len(got) != 1 || got[0] != "two.lan." {
+	if got := w.client.dig(t, outsideNS, "2.2.0.10.in-addr.arpa", "PTR"); len(got) != 1 || got[0] != "two.lan." {
 		t.Errorf("PTR of a LAN address: %v", got)
 	}
 	for _, name := range []string{"nas.local", "nowhere", "a.home.arpa"} {
@@ -173,6 +173,7 @@ func TestDNSBurst(t *testing.T) {
 		return err
 	}))
 	defer c.Close()
+	w.client.must(t, c.(*net.UDPConn).SetReadBuffer(1<<20)) // nobody reads during the burst
 	const n = 500
 	for i := range n {
 		b, err := new(dns.Msg).SetQuestion(fmt.Sprintf("b%d.example.org.", i), dns.TypeA).Pack()

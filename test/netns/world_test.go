@@ -84,7 +84,7 @@ func newWorld(t testing.TB) *world {
 	w.insideDNS = startNameServer(t, w.inside, []string{insideNS, insideNS6},
 		"direct.example. 60 IN A "+insideAt, "direct.example. 60 IN AAAA "+insideAt6,
 		"printer.lan. 60 IN A "+clientAt, "printer. 60 IN A "+clientAt,
-		"2.2.0.192.in-addr.arpa. 60 IN PTR two.lan.")
+		"2.2.0.10.in-addr.arpa. 60 IN PTR two.lan.")
 	w.outsideDNS = startNameServer(t, w.outside, []string{outsideNS, outsideNS6},
 		"*.example.org. 60 IN A "+outsideAt, "*.example.org. 60 IN AAAA "+outsideAt6,
 		"*.example.org. 60 IN TXT \"told by the outside\"", "*.example.org. 60 IN MX 10 mail.example.org.",
@@ -108,24 +108,30 @@ func (w *world) plugLAN(t testing.TB) {
 		"addr add "+lanAt6+"/64 dev lan0 nodad")
 }
 
-// uplink joins a machine to net with host routes; an address may state the
-// length of the network that its machine believes to be in. The machine's side
-// is called wan0, net's side name.
+// uplink joins a machine to net with host routes, its first address of each
+// family being the one that it speaks from; an address may state the length of
+// the network that its machine believes to be in. The machine's side is called
+// wan0, net's side name.
 func (w *world) uplink(t testing.TB, h *host, name string, addrs ...string) {
 	t.Helper()
 	connect(t, h, "wan0", w.net, name)
 	w.net.ip(t, "addr add fe80::1/64 dev "+name+" nodad")
+	own6 := ""
 	for _, a := range addrs {
 		a, length, stated := strings.Cut(a, "/")
+		v6 := strings.Contains(a, ":")
 		if !stated {
-			length = map[bool]string{false: "32", true: "128"}[strings.Contains(a, ":")]
+			length = map[bool]string{false: "32", true: "128"}[v6]
+		}
+		if v6 && own6 == "" {
+			own6 = " src " + a // which of several the kernel would take is not said
 		}
 		h.ip(t, "addr add "+a+"/"+length+" dev wan0 noprefixroute nodad")
 		w.net.ip(t, "route add "+a+" dev "+name)
 	}
 	h.ip(t,
 		"route add default via 198.51.100.254 dev wan0 onlink",
-		"route add default via fe80::1 dev wan0")
+		"route add default via fe80::1 dev wan0"+own6)
 }
 
 // dante starts danted on both SOCKS servers, open to all, both families.
