@@ -136,7 +136,21 @@ func (d *Daemon) open() (err error) {
 			return fmt.Errorf("daemon: [control] metrics: %w", err)
 		}
 	}
-	return d.kernel.Apply(kernelPlan(d.setup, d.ports()))
+	p := kernelPlan(d.setup, d.ports())
+	p.Readmit = d.setup.readmitAtStart()
+	if err := d.kernel.Apply(p); err != nil {
+		return err
+	}
+	d.noteDecided(d.setup)
+	return nil
+}
+
+// noteDecided says in the log if it could not be done: nothing is worse for it
+// but a restart.
+func (d *Daemon) noteDecided(s *Setup) {
+	if err := s.noteDecided(); err != nil {
+		d.log.Warn("the next start will not keep what is let pass by name", "err", err)
+	}
 }
 
 // Run serves until ctx ends or a part fails, and takes everything down.

@@ -51,6 +51,7 @@ func (d *Daemon) reload() error {
 		return err
 	}
 	old := d.gateway.Plan()
+	d.setup.forgetDecided()
 	d.follow(next, func() { d.gateway.Swap(plan) })
 	kernel := kernelPlan(next, d.ports())
 	kernel.Readmit = toKernel(d.gateway.Readmit(plan, inForce))
@@ -59,6 +60,7 @@ func (d *Daemon) reload() error {
 		return err
 	}
 	d.setup = next
+	d.noteDecided(next)
 	return nil
 }
 

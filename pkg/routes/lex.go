@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -53,6 +54,7 @@ type reader struct {
 	stack      []string // files being read, the outermost first
 	files      int
 	plain      bool // words only: no directives, no INCLUDE
+	sum        hash.Hash
 }
 
 // file reads path into statements. At is where its name was written.
@@ -179,6 +181,7 @@ func (r *reader) finish(s *statement) {
 		return
 	}
 	r.statements = append(r.statements, s)
+	fmt.Fprintln(r.sum, s.text())
 	if r.plain {
 		return
 	}

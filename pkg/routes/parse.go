@@ -2,6 +2,7 @@ package routes
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"slices"
@@ -97,7 +98,7 @@ func newParser(o Options) *parser {
 	if p.open == nil {
 		p.open = openFile
 	}
-	p.reader.open, p.reader.diags = p.open, &p.diags
+	p.reader.open, p.reader.diags, p.reader.sum = p.open, &p.diags, sha256.New()
 	return p
 }
 

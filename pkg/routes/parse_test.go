@@ -341,6 +341,28 @@ func TestLexer(t *testing.T) {
 	}
 }
 
+func TestSum(t *testing.T) {
+	files := map[string]string{"a.cnf": "DENY 10.0.0.1\n", "l": "10.0.0.2"}
+	text := "INCLUDE a.cnf\nLIST l file=l\nDENY $l\n"
+	sum := func() [32]byte {
+		table, ds := parse(text, files)
+		if table == nil {
+			t.Fatal(ds.Error())
+		}
+		return table.Sum()
+	}
+	first := sum()
+	if text = "# a comment\n  " + text; sum() != first {
+		t.Error("a comment and blanks change the sum")
+	}
+	files["a.cnf"] = "DENY 10.0.0.3\n"
+	second := sum()
+	files["l"] = "10.0.0.4"
+	if third := sum(); second == first || third == second {
+		t.Error("a change of an included file or of a list does not")
+	}
+}
+
 func TestReadFails(t *testing.T) {
 	_, ds := Parse("socks.cnf", io.MultiReader(strings.NewReader("DENY *\nDI"), failing{}), Options{})
 	if !slices.ContainsFunc(ds, func(d Diagnostic) bool { return d.Code == "E24" && strings.Contains(d.Msg, "the disk is gone") }) {

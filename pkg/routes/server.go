@@ -342,7 +342,7 @@ func (l *line) listFile(t token, path string, into *list) {
 		return
 	}
 	defer f.Close()
-	sub := &reader{diags: &l.diags, plain: true}
+	sub := &reader{diags: &l.diags, plain: true, sum: l.reader.sum}
 	sub.read(path, f)
 	for _, s := range sub.statements {
 		members := &line{parser: l.parser, statement: s}

@@ -2,6 +2,7 @@ package routes
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -31,6 +32,7 @@ type Table struct {
 
 	byInterface bool
 	byClient    bool
+	sum         [sha256.Size]byte
 }
 
 // prefixNode is what the rules say of one prefix.
@@ -60,6 +62,7 @@ func (p *parser) build() *Table {
 		t.enter(r)
 	}
 	t.link()
+	p.reader.sum.Sum(t.sum[:0])
 	return t
 }
 
@@ -134,6 +137,10 @@ func (t *Table) Limits() Limits { return t.limits }
 
 // Health returns what HEALTH lines state.
 func (t *Table) Health() Health { return t.health }
+
+// Sum returns a digest of what was read, comments and blanks aside: two tables
+// with the same sum decide alike.
+func (t *Table) Sum() [sha256.Size]byte { return t.sum }
 
 // UsesInterfaces tells whether a rule asks by which interface a flow entered.
 func (t *Table) UsesInterfaces() bool { return t.byInterface }
