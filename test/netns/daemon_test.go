@@ -61,7 +61,8 @@ type settings struct {
 	fail        string   // empty: not stated
 	resolvers   []string // nil: the inside's name server
 	state       string   // empty: a directory of the host
-	env         []string
+	metrics     string   // address; empty: only on the control socket
+	args        []string // of serve, after the usual ones
 }
 
 // daemon is tproxyd on a host, running or not.
@@ -105,10 +106,13 @@ func (d *daemon) write(t testing.TB) {
 	if d.set.fail != "" {
 		fmt.Fprintf(&b, "fail = %q\n", d.set.fail)
 	}
-	fmt.Fprintf(&b, "\n[dns]\nresolvers = [%s]\n\n[state]\ndirectory = %q\n\n[control]\nsocket = %q\n",
-		quoted(d.set.resolvers), d.set.state, filepath.Join(d.host.dir, "control.sock"))
+	fmt.Fprintf(&b, "\n[dns]\nresolvers = [%s]\n\n[state]\ndirectory = %q\n\n[control]\nsocket = %q\nmetrics = %q\n",
+		quoted(d.set.resolvers), d.set.state, d.socket(), d.set.metrics)
 	d.config = d.host.file(t, "tproxyd.toml", b.String(), 0o644)
 }
+
+// socket is the path of the control socket.
+func (d *daemon) socket() string { return filepath.Join(d.host.dir, "control.sock") }
 
 func quoted(list []string) string {
 	var q []string
@@ -152,7 +156,7 @@ func (d *daemon) start(t testing.TB) {
 // launch starts `serve` and waits for nothing.
 func (d *daemon) launch(t testing.TB, env ...string) {
 	t.Helper()
-	d.process = d.host.start(t, command{args: []string{d.bin, "serve", "-c", d.config}, env: append(env, d.set.env...)})
+	d.process = d.host.start(t, command{args: append([]string{d.bin, "serve", "-c", d.config}, d.set.args...), env: env})
 }
 
 // stop ends the daemon as systemd does and fails the test unless it exits

@@ -1,0 +1,244 @@
+package netns_test
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// Topology: world. The daemon is asked over its control socket and, for
+// metrics, from the LAN.
+
+// ask asks the running daemon over its control socket.
+func (d *daemon) ask(t testing.TB, path string) string {
+	t.Helper()
+	var dialer net.Dialer
+	c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", d.socket())
+		},
+	}}
+	r, err := c.Get("http://tproxyd" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	if err != nil || r.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s %v\n%s", path, r.Status, err, b)
+	}
+	return string(b)
+}
+
+// metric reads one metric, spelled with its labels, from the control socket.
+func (d *daemon) metric(t testing.TB, name string) float64 {
+	t.Helper()
+	text := d.ask(t, "/metrics")
+	for line := range strings.Lines(text) {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(line), name+" "); ok {
+			f, err := strconv.ParseFloat(value, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return f
+		}
+	}
+	t.Fatalf("no metric %s in\n%s", name, text)
+	return 0
+}
+
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{metrics: lanAt + ":9470", routes: "SERVER one 198.51.100.11\nDENY *.denied.example\nSOCKD5 @=one *\n"})
+	for range 3 {
+		w.client.curl(t, "http://www.example.org/metrics").fetched(t, socks1Out, socks1Out6, socks1At)
+	}
+	w.client.curl(t, "http://www.denied.example/").refused(t)
+	eventually(t, 5*time.Second, "no flow is left", func() bool { return d.metric(t, "tproxyd_flows") == 0 })
+	for name, want := range map[string]float64{
+		`tproxyd_flows_total{action="proxied"}`:          3,
+		`tproxyd_flows_total{action="direct"}`:           0,
+		`tproxyd_flows_refused_total{reason="denied"}`:   1,
+		`tproxyd_flows_refused_total{reason="unowned"}`:  0,
+		`tproxyd_upstream_up{server="one"}`:              1,
+		`tproxyd_upstream_flows_total{server="one"}`:     3,
+		`tproxyd_upstream_faults_total{server="one"}`:    0,
+		`tproxyd_dns_names`:                              2,
+		`tproxyd_reloads_total{result="done"}`:           0,
+		`tproxyd_state_errors_total`:                     0,
+		`tproxyd_kernel_packets_total{verdict="direct"}`: 0,
+	} {
+		if got := d.metric(t, name); got != want {
+			t.Errorf("%s %v, want %v", name, got, want)
+		}
+	}
+	for _, name := range []string{`tproxyd_flow_bytes_total{direction="up"}`, `tproxyd_flow_bytes_total{direction="down"}`,
+		`tproxyd_kernel_packets_total{verdict="diverted"}`, `tproxyd_dns_questions_total{answer="synthetic"}`,
+		`tproxyd_start_time_seconds`, `process_open_fds`} {
+		if got := d.metric(t, name); got <= 0 {
+			t.Errorf("%s %v, want more", name, got)
+		}
+	}
+
+	// Status says the same, by rule with its position.
+	var status struct {
+		Rules []struct {
+			Position, Text string
+			Flows          int
+		}
+		Flows struct{ Live, Proxied int }
+	}
+	if err := json.Unmarshal([]byte(d.cli(t, "status", "-c", d.config).ok(t).out), &status); err != nil {
+		t.Fatal(err)
+	}
+	if status.Flows.Live != 0 || status.Flows.Proxied != 3 || len(status.Rules) < 2 ||
+		!strings.HasSuffix(status.Rules[0].Position, "socks.cnf:2") || status.Rules[0].Flows != 1 || status.Rules[1].Flows != 3 {
+		t.Errorf("status: %+v", status)
+	}
+
+	// The listener for the network has metrics and nothing else.
+	at := "http://" + lanAt + ":9470"
+	if p := w.client.curl(t, at+"/metrics"); !strings.Contains(p.body, "\ntproxyd_flows_total{action=\"proxied\"} 3\n") {
+		t.Errorf("/metrics on [control] metrics:\n%s", p.body)
+	}
+	for _, args := range [][]string{{at + "/status"}, {at + "/"}, {at + "/reload", "-X", "POST"}} {
+		if p := w.client.curl(t, args[0], append(args[1:], "-o", "/dev/null", "-w", "%{http_code}")...); p.body != "404" {
+			t.Errorf("%v: %s, want 404", args, p.body)
+		}
+	}
+	if n := d.metric(t, `tproxyd_reloads_total{result="done"}`); n != 0 {
+		t.Errorf("the network could reload: %v", n)
+	}
+}
+
+// TestNoSecrets: a password is in no output, whether the server took it or not.
+func TestNoSecrets(t *testing.T) {
+	t.Parallel()
+	const wrong = "sword & fish"
+	w := newWorld(t)
+	for _, h := range []*host{w.socks1, w.socks2} {
+		p := h.start(t, command{args: []string{tool(t, "microsocks"), "-i", "::", "-p", "1080", "-u", "int", "-P", password}})
+		waitPort(t, h, "127.0.0.1:1080", p.output)
+	}
+	d := serve(t, w.gateway, settings{args: []string{"--log-level", "debug"},
+		credentials: fmt.Sprintf("[right]\nusername = \"int\"\npassword = %q\n[wrong]\nusername = \"int\"\npassword = %q\n", password, wrong),
+		routes: `SERVER one 198.51.100.11 auth=userpass credential=right
+SERVER two 198.51.100.12 auth=userpass credential=wrong
+SOCKD5 @=two * 81
+SOCKD5 @=two,one *
+`})
+	w.client.curl(t, "http://www.example.org/secret").fetched(t, socks1Out, socks1Out6, socks1At)
+	w.client.curl(t, "http://www.example.org:81/secret").refused(t)
+	d.reload(t)
+	outputs := map[string]string{"log": d.output(), "/status": d.ask(t, "/status"), "/metrics": d.ask(t, "/metrics")}
+	for _, args := range [][]string{
+		{"status", "-c", d.config}, {"check", "-v", "-c", d.config},
+		{"explain", "-c", d.config, "www.example.org:80"}, {"explain", "-c", d.config, "--json", "www.example.org:80"},
+	} {
+		r := d.cli(t, args...).ok(t)
+		outputs[strings.Join(args, " ")] = r.out + r.err
+	}
+	if !strings.Contains(outputs["log"], "upstream") || !strings.Contains(outputs["/status"], "198.51.100.12") {
+		t.Errorf("the outputs are not about these servers:\n%v", outputs)
+	}
+	for what, text := range outputs {
+		for _, secret := range []string{password, wrong} {
+			for _, spelling := range []string{secret, url.QueryEscape(secret), url.PathEscape(secret), base64.StdEncoding.EncodeToString([]byte(secret)),
+				fmt.Sprintf("%x", secret), fmt.Sprint([]byte(secret))} {
+				if strings.Contains(text, spelling) {
+					t.Errorf("%s has a password:\n%s", what, text)
+				}
+			}
+		}
+	}
+}
+
+// TestReloadWithErrors: the old rules stay, flows go on, and the message says
+// what is wrong with each line.
+func TestReloadWithErrors(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{routes: "DENY * 81\nSOCKD5 @=198.51.100.11 *\n"})
+	flows := w.startEchoes(t, 4)
+	kernel := uncounted(w.gateway.kernel(t))
+	refused := d.metric(t, `tproxyd_reloads_total{result="refused"}`)
+
+	d.routes(t, fiftyMistakes())
+	d.cli(t, "reload", "-c", d.config).allFifty(t)
+	d.cmd.Process.Signal(syscall.SIGHUP)
+	eventually(t, 5*time.Second, "the signal is followed", func() bool {
+		return d.metric(t, `tproxyd_reloads_total{result="refused"}`) == refused+2
+	})
+	if now := uncounted(w.gateway.kernel(t)); now != kernel {
+		t.Errorf("a reload that was refused changed the kernel's state:\n%s", lineDiff(kernel, now))
+	}
+	w.client.curl(t, "http://www.example.org/old").fetched(t, socks1Out, socks1Out6, socks1At)
+	w.client.curl(t, "http://"+outsideAt+":81/old").refused(t)
+
+	d.routes(t, "DENY * 80\nSOCKD5 @=198.51.100.11 *\n")
+	d.reload(t)
+	w.client.curl(t, "http://www.example.org/new").refused(t)
+	flows.finish(t)
+	if d.metric(t, `tproxyd_reloads_total{result="done"}`) != 1 {
+		t.Error("the reload was not counted")
+	}
+}
+
+var counted = regexp.MustCompile(`packets \d+ bytes \d+`)
+
+// uncounted is a kernel's state without what its counters have counted.
+func uncounted(kernel string) string { return counted.ReplaceAllString(kernel, "packets N bytes N") }
+
+// TestUnowned: a flow to a synthetic address that no name has is refused at
+// once, asked of no server, and counted.
+func TestUnowned(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{routes: "DIRECT 198.51.100.0/24\nSOCKD5 @=198.51.100.11 *\n"})
+	w.client.mustLookup(t, insideNS, "www.example.org", dns.TypeA)
+	w.observe(t)
+	const looks, flows = `tproxyd_dns_unowned_total`, `tproxyd_flows_refused_total{reason="unowned"}`
+	if d.metric(t, looks) != 0 || d.metric(t, flows) != 0 {
+		t.Fatal("counted before anything happened")
+	}
+	nobodys := []string{"198.19.255.1", "198.18.0.0", "fd74:7072:6f78::fff1"}
+	for _, a := range nobodys {
+		began := time.Now()
+		atOnce(t, a, began, w.get(netip.MustParseAddr(a)))
+	}
+	if d.metric(t, looks) < 3 || d.metric(t, flows) != 3 {
+		t.Errorf("counted %v look-ups and %v flows, want 3", d.metric(t, looks), d.metric(t, flows))
+	}
+	var status struct {
+		Flows struct{ Refused map[string]int }
+		DNS   struct{ Pool struct{ Unowned int } }
+	}
+	if err := json.Unmarshal([]byte(d.cli(t, "status", "--socket", d.socket()).ok(t).out), &status); err != nil {
+		t.Fatal(err)
+	}
+	if status.Flows.Refused["unowned"] != 3 || status.DNS.Pool.Unowned < 3 {
+		t.Errorf("status: %+v", status)
+	}
+	if n, who := w.leaked(t); n != 0 || w.carried(t) != 0 {
+		t.Errorf("%d packets leaked, %d went to a server %s", n, w.carried(t), who)
+	}
+}
