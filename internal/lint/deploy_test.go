@@ -63,6 +63,7 @@ func TestInstall(t *testing.T) {
 	for _, unit := range []string{"systemd-modules-load", "systemd-sysctl"} {
 		write(t, filepath.Join(dest, "lib/systemd/system", unit+".service"), "[Service]\nType=oneshot\nExecStart=/usr/sbin/tproxyd version\n", 0o644)
 	}
+	write(t, filepath.Join(dest, "bin/sh"), "#!/bin/sh\n", 0o755)
 	verify := exec.Command(analyze, "verify", "--root="+dest, "--man=no", "--recursive-errors=yes", "tproxyd.service", "tproxyd-closed.service")
 	if out, err := verify.CombinedOutput(); err != nil || len(out) != 0 {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
@@ -92,6 +93,49 @@ func TestSandbox(t *testing.T) {
 		t.Logf("%s: exposure %.1f", unit, exposure)
 		if exposure > maxExposure {
 			t.Errorf("%s: exposure %.1f, more than %.1f\n%s", unit, exposure, maxExposure, out)
+		}
+	}
+}
+
+// TestUnits: what the units must say so that nothing leaks and the program can
+// do its work.
+func TestUnits(t *testing.T) {
+	for unit, wants := range map[string][]string{
+		"tproxyd.service": {
+			"After=network.target tproxyd-closed.service", "Type=notify", "Restart=on-failure", "LimitNOFILE=262144",
+			"StateDirectory=tproxyd", "RuntimeDirectory=tproxyd", "NoNewPrivileges=yes", "ProtectSystem=strict",
+			"ExecReload=/usr/sbin/tproxyd reload -c /etc/tproxyd/tproxyd.toml",
+		},
+		"tproxyd-closed.service": {"Before=network-pre.target shutdown.target", "Wants=network-pre.target", "DefaultDependencies=no", "NoNewPrivileges=yes"},
+	} {
+		text := read(t, "deploy/"+unit)
+		for _, line := range append(wants, "SystemCallFilter=@system-service", "SystemCallFilter=bpf") {
+			if !strings.Contains(text, "\n"+line+"\n") {
+				t.Errorf("deploy/%s does not say %s", unit, line)
+			}
+		}
+	}
+}
+
+// TestStopPost runs the ExecStopPost line as systemd does: what a crash leaves
+// is closed anew, what a normal stop leaves is not touched.
+func TestStopPost(t *testing.T) {
+	line := regexp.MustCompile(`(?m)^ExecStopPost=-/bin/sh -c '(.*)'$`).FindStringSubmatch(read(t, "deploy/tproxyd.service"))
+	if line == nil {
+		t.Fatal("deploy/tproxyd.service has no ExecStopPost that a shell runs")
+	}
+	const installed = "exec /usr/sbin/tproxyd "
+	if !strings.Contains(line[1], installed) {
+		t.Fatalf("%q does not run the program", line[1])
+	}
+	script := strings.Replace(line[1], installed, "echo ", 1)
+	for result, want := range map[string]string{
+		"success": "", "signal": "close -c /etc/tproxyd/tproxyd.toml\n", "exit-code": "close -c /etc/tproxyd/tproxyd.toml\n", "watchdog": "close -c /etc/tproxyd/tproxyd.toml\n",
+	} {
+		c := exec.Command("/bin/sh", "-c", script)
+		c.Env = []string{"SERVICE_RESULT=" + result}
+		if out, err := c.CombinedOutput(); err != nil || string(out) != want {
+			t.Errorf("after %s it runs %q, want %q (%v)", result, out, want, err)
 		}
 	}
 }

@@ -104,3 +104,90 @@ func TestManExamples(t *testing.T) {
 		checkRules(t, "man/tproxyd-socks.cnf.5", m[1])
 	}
 }
+
+// among reports what a manual does not list as an item, and what it lists too
+// much. The items are those of a line pattern, between two section titles.
+func among(t *testing.T, page, from, to string, item *regexp.Regexp, want map[string]bool) {
+	t.Helper()
+	_, part, _ := strings.Cut(read(t, page), from)
+	part, _, _ = strings.Cut(part, to)
+	if len(want) == 0 {
+		t.Fatalf("found nothing that %s should list", page)
+	}
+	listed := map[string]bool{}
+	for _, m := range item.FindAllStringSubmatch(part, -1) {
+		listed[m[1]] = true
+		if !want[m[1]] {
+			t.Errorf("%s lists %s, which the program does not have", page, m[1])
+		}
+	}
+	for name := range want {
+		if !listed[name] {
+			t.Errorf("%s does not list %s", page, name)
+		}
+	}
+}
+
+// found returns the first group of each match in those sources of a folder
+// that are not tests.
+func found(t *testing.T, dir string, pattern *regexp.Regexp) map[string]bool {
+	t.Helper()
+	all := map[string]bool{}
+	for _, s := range packages(t)[dir] {
+		for _, m := range pattern.FindAllSubmatch(s.text, -1) {
+			all[string(m[1])] = true
+		}
+	}
+	return all
+}
+
+// TestManCodes: the manuals explain every code that a message can have.
+func TestManCodes(t *testing.T) {
+	code := regexp.MustCompile(`"([EWT][0-9]{2})"`)
+	item := regexp.MustCompile(`(?m)^\.It ([EWT][0-9]{2})\b`)
+	among(t, "man/tproxyd-socks.cnf.5", ".Sh DIAGNOSTICS", ".Sh SEE ALSO", item, found(t, "pkg/routes", code))
+	among(t, "man/tproxyd.toml.5", ".Sh DIAGNOSTICS", ".Sh SEE ALSO", item, found(t, "internal/config", code))
+}
+
+// TestManMetrics: tproxyd(8) names every metric of ours.
+func TestManMetrics(t *testing.T) {
+	want := map[string]bool{}
+	for name := range found(t, "internal/daemon", regexp.MustCompile(`\bgauge\("([a-z_]+)"`)) {
+		want["tproxyd_"+name] = true
+	}
+	for name := range found(t, "internal/daemon", regexp.MustCompile(`\bcounter\("([a-z_]+)"`)) {
+		want["tproxyd_"+name+"_total"] = true
+	}
+	among(t, "man/tproxyd.8", ".Sh METRICS", "\n.Sh ", regexp.MustCompile(`(?m)^\.It Li (tproxyd_[a-z_]+)`), want)
+}
+
+// TestManOptions: tproxyd-socks.cnf(5) tells the options of a rule that have an
+// effect from those that are refused.
+func TestManOptions(t *testing.T) {
+	_, table, _ := strings.Cut(read(t, "pkg/routes/rule.go"), "var optionWords = ")
+	table, _, _ = strings.Cut(table, "\n}\n")
+	have, refused := map[string]bool{}, map[string]bool{}
+	for _, m := range regexp.MustCompile(`"([a-z]+)": (true|false)`).FindAllStringSubmatch(table, -1) {
+		if m[2] == "true" {
+			have[m[1]] = true
+		} else {
+			refused[m[1]+"="] = true
+		}
+	}
+	const page = "man/tproxyd-socks.cnf.5"
+	among(t, page, "\nOptions:\n", ".Ss ", regexp.MustCompile(`(?m)^\.It Ic ([a-z]+)`), have)
+	among(t, page, "Rules with the options\n", "are refused", regexp.MustCompile(`([a-z]+=)`), refused)
+}
+
+// TestManCapabilities: tproxyd(8) explains what the unit leaves.
+func TestManCapabilities(t *testing.T) {
+	rights := regexp.MustCompile(`(?m)^CapabilityBoundingSet=(.+)$`).FindStringSubmatch(read(t, "deploy/tproxyd.service"))
+	if rights == nil {
+		t.Fatal("deploy/tproxyd.service has no CapabilityBoundingSet")
+	}
+	want := map[string]bool{}
+	for _, r := range strings.Fields(rights[1]) {
+		want[r] = true
+	}
+	among(t, "man/tproxyd.8", ".Sh CAPABILITIES", "\n.Sh ", regexp.MustCompile(`\b(CAP_[A-Z_]+)\b`), want)
+}

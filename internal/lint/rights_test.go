@@ -16,7 +16,7 @@ import (
 // TestRights: the capabilities that the units leave are enough. Each program
 // runs as its unit runs it, in a network namespace of its own.
 //
-//	namespace: lo, nothing else
+//	namespace: lo; lan0, a cable to nowhere
 func TestRights(t *testing.T) {
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "tproxyd.toml")
@@ -25,13 +25,15 @@ func TestRights(t *testing.T) {
 	write(t, filepath.Join(dir, "socks.cnf"), "DIRECT 10.0.0.0/8\nSOCKD5 @=192.0.2.1 *\n", 0o644)
 
 	t.Run("close", func(t *testing.T) {
-		c := withRights(t, "tproxyd-closed.service", conf)
-		if out, err := c.CombinedOutput(); err != nil {
-			t.Errorf("%v: %v\n%s", c.Args, err, out)
+		// Close has no log: that its classifier was refused shows only where it
+		// is missing.
+		c := withRights(t, "tproxyd-closed.service", conf, "tc filter show dev lan0 ingress")
+		if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "bpf") {
+			t.Errorf("%v: %v, and the classifier on lan0 is %q", c.Args, err, out)
 		}
 	})
 	t.Run("serve", func(t *testing.T) {
-		c := withRights(t, "tproxyd.service", conf)
+		c := withRights(t, "tproxyd.service", conf, "")
 		var stderr bytes.Buffer
 		c.Stderr = &stderr
 		stdout, err := c.StdoutPipe()
@@ -58,8 +60,9 @@ func TestRights(t *testing.T) {
 }
 
 // withRights is the ExecStart of a unit with no more capabilities than it has,
-// in a network namespace.
-func withRights(t *testing.T, unit, conf string) *exec.Cmd {
+// in a network namespace. Then is a command of the shell to follow it; empty:
+// none, and signals reach the program.
+func withRights(t *testing.T, unit, conf, then string) *exec.Cmd {
 	t.Helper()
 	if program == "" {
 		t.Fatal("cmd/tproxyd does not build")
@@ -74,8 +77,13 @@ func withRights(t *testing.T, unit, conf string) *exec.Cmd {
 	for _, r := range strings.Fields(rights[1]) {
 		set += ",+" + strings.ToLower(strings.TrimPrefix(r, "CAP_"))
 	}
-	script := fmt.Sprintf(`%s link set lo up && exec %s --bounding-set %s --no-new-privs -- "$@"`,
-		tool(t, "ip", "iproute2"), tool(t, "setpriv", "util-linux"), lacking(t, set))
+	script := fmt.Sprintf(`%s --bounding-set %s --no-new-privs -- "$@"`, tool(t, "setpriv", "util-linux"), lacking(t, set))
+	if then == "" {
+		script = "exec " + script
+	} else {
+		script += " && " + then
+	}
+	script = tool(t, "ip", "iproute2") + " link set lo up && ip link add lan0 type veth peer name peer0 && " + script
 	c := exec.Command("/bin/sh", "-c", script, "sh", program, start[1], "-c", conf)
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	return c

@@ -177,3 +177,36 @@ func TestCI(t *testing.T) {
 		}
 	}
 }
+
+// TestForbiddenWords: no file knows the machine that it was written on, nor
+// where packages are fetched from; that is for whoever builds it to say.
+func TestForbiddenWords(t *testing.T) {
+	words := regexp.MustCompile(`(^|[^\w.$-])/(work|root|home|Users|mnt)/\w` +
+		`|\b(proxy\.golang|sum\.golang|goproxy|pypi|registry\.npmjs|crates|deb\.debian|(archive|security)\.ubuntu|ghcr|docker)\.(org|io|com|cn)\b`)
+	for _, line := range []string{"see /work/" + "main", "at https://proxy.golang" + ".org/", "FROM ghcr" + ".io/x"} {
+		if !words.MatchString(line) {
+			t.Errorf("the pattern does not see %q", line)
+		}
+	}
+	list := exec.Command("git", "ls-files", "-z", "--cached")
+	list.Dir = root
+	out, err := list.Output()
+	if err != nil {
+		t.Fatalf("git ls-files: %v", err)
+	}
+	files := strings.Split(strings.TrimRight(string(out), "\x00"), "\x00")
+	if len(files) < 50 {
+		t.Fatalf("git knows of only %d files", len(files))
+	}
+	for _, path := range files {
+		b, err := os.ReadFile(filepath.Join(root, path))
+		if err != nil {
+			continue // removed, and not committed yet
+		}
+		for i, line := range strings.Split(string(b), "\n") {
+			if m := words.FindString(line); m != "" {
+				t.Errorf("%s:%d: %q", path, i+1, m)
+			}
+		}
+	}
+}
