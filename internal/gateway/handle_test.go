@@ -163,6 +163,7 @@ func TestLogLevels(t *testing.T) {
 	l := newLab(t, slog.LevelInfo, socksserver.Fault{}, "SERVER far $S", "DENY 127.20.0.1", "DENY 127.20.0.2 log tag=bad", "SOCKD5 @=far * log")
 	for _, dst := range []string{"127.20.0.1", "127.20.0.2"} {
 		wantReset(t, l.connect(dst))
+		<-l.handled
 	}
 	c := l.connect("127.20.0.3")
 	echoes(t, c, "hello")

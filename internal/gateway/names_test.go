@@ -89,7 +89,7 @@ func TestAdmit(t *testing.T) {
 			{Addr: addr("192.0.2.1"), Scopes: []routes.Scope{port(flow.TCP, 80), port(flow.TCP, 443)}, Timeout: ttl + time.Minute},
 			{Addr: addr("2001:db8::1"), Scopes: []routes.Scope{port(flow.TCP, 80), port(flow.TCP, 443)}, Timeout: ttl + time.Minute},
 		}},
-		{"not the address that an earlier rule has", "DENY 192.0.2.0/24\nDIRECT *.example.org", asker("10.0.0.1", 1), []gateway.Admission{
+		{"not the address that an earlier rule has", "DIRECT *.example.net\nDENY 192.0.2.0/24\nDIRECT *.example.org", asker("10.0.0.1", 1), []gateway.Admission{
 			{Addr: addr("2001:db8::1"), Timeout: ttl + time.Minute},
 		}},
 		{"proxied", "SOCKD5 @=192.0.2.9 *", asker("10.0.0.1", 1), nil},
@@ -134,7 +134,7 @@ func TestReadmit(t *testing.T) {
 		{"one name no longer", "DIRECT *.example.org", []string{"192.0.2.1", "192.0.2.2"}, []string{"192.0.2.1"}},
 		{"other ports", "DIRECT *.example.org eq 80 proto=tcp", []string{"192.0.2.1"}, []string{"192.0.2.1 tcp 80-80"}},
 		{"proxied now", "SOCKD5 @=192.0.2.9 *", []string{"192.0.2.1", "192.0.2.2"}, nil},
-		{"the address denied before", "DENY 192.0.2.1\nDIRECT *.example.org\nDIRECT *.example.net", []string{"192.0.2.1", "192.0.2.2"}, []string{"192.0.2.2"}},
+		{"the address denied before", "DIRECT *.example.com\nDENY 192.0.2.1\nDIRECT *.example.org\nDIRECT *.example.net", []string{"192.0.2.1", "192.0.2.2"}, []string{"192.0.2.2"}},
 		{"one has run out", "DIRECT *.example.org\nDIRECT *.example.net", []string{"192.0.2.2"}, []string{"192.0.2.2"}},
 		{"nobody knows why it is there", "DIRECT *.example.org", []string{"192.0.2.3"}, nil},
 		{"nothing in force", "DIRECT *.example.org", nil, nil},
