@@ -16,7 +16,7 @@ import (
 // TestRights: the capabilities that the units leave are enough. Each program
 // runs as its unit runs it, in a network namespace of its own.
 //
-//	namespace: lo; lan0, a cable to nowhere
+//	namespace: lo; lan0, a cable to nowhere; rp_filter on, as systemd has it
 func TestRights(t *testing.T) {
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "tproxyd.toml")
@@ -83,7 +83,8 @@ func withRights(t *testing.T, unit, conf, then string) *exec.Cmd {
 	} else {
 		script += " && " + then
 	}
-	script = tool(t, "ip", "iproute2") + " link set lo up && ip link add lan0 type veth peer name peer0 && " + script
+	script = tool(t, "ip", "iproute2") + " link set lo up && ip link add lan0 type veth peer name peer0 && " +
+		"echo 2 >/proc/sys/net/ipv4/conf/all/rp_filter && " + script
 	c := exec.Command("/bin/sh", "-c", script, "sh", program, start[1], "-c", conf)
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	return c
