@@ -198,6 +198,7 @@ func TestLiveBytes(t *testing.T) {
 	l := newLab(t, slog.LevelDebug, socksserver.Fault{}, "DIRECT *")
 	c := l.connect(realAt)
 	echoes(t, c, "hello")
+	<-l.handled
 	if s := l.Stats(); s.Live != 1 || s.Up != 5 || s.Down != 5 {
 		t.Errorf("while it lives: %+v", s)
 	}
