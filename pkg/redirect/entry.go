@@ -7,17 +7,18 @@ import (
 	"slices"
 	"unsafe"
 
+	nl "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // The guard of routing must know what entered by a named interface. A rule
-// "from lan0" is right for IPv6. For IPv4 it also matches the question that
-// rp_filter asks of an answer to DIRECT, which is put as if a packet went from
-// lan0 the other way, and which tells the two apart by nothing but the mark. So
-// IPv4 packets get a mark as they enter, before any table, by a classifier of
-// two operations; the table replaces the mark, and what comes to routing with
-// it has not been through the table.
+// "from lan0" says so. But for IPv4 it also matches the question that rp_filter
+// asks of an answer to DIRECT, which is put as if a packet went from lan0 the
+// other way, and which tells the two apart by nothing but the mark. So where
+// rp_filter is on, IPv4 packets get a mark as they enter, before any table, by a
+// classifier of two operations; the table replaces the mark, and what comes to
+// routing with it has not been through the table. Elsewhere the rule is cheaper.
 
 // The name, priority and handle of the classifier on an interface.
 const (
@@ -26,12 +27,13 @@ const (
 	entryHandle   = 7470
 )
 
-// markEntries puts the classifier on the interfaces of the plan, and returns
-// how many had none, and those that cannot have one. One that is not there gets
-// it when it appears. The error says why one that is there cannot have it.
+// markEntries puts the classifier on the interfaces of the plan, if rp_filter
+// asks for it, and returns how many had none, and those that have none now. One
+// that is not there gets it when it appears. The error says why one that is
+// there cannot have it.
 func (p *policy) markEntries(plan *Plan) (added int, without []string, err error) {
-	if len(plan.Interfaces) == 0 {
-		return 0, nil, nil
+	if len(plan.Interfaces) == 0 || !p.reversePathFilter() {
+		return 0, sortedInterfaces(plan), nil
 	}
 	prog, err := loadEntry(plan.Marks)
 	if err != nil {
@@ -72,7 +74,24 @@ func (p *policy) markEntry(link netlink.Link, prog int) (added bool, err error) 
 	return err == nil, err
 }
 
-// unmarkEntries takes the classifiers off, but for those of the plan, and what
+// reversePathFilter reports whether rp_filter is on for any interface, or for
+// those to come. If the kernel does not tell, it could be.
+func (p *policy) reversePathFilter() bool {
+	const rpFilter = 3 // NETCONFA_RP_FILTER, behind struct netconfmsg
+	msgs, err := p.conf.Execute(nl.Message{
+		Header: nl.Header{Type: unix.RTM_GETNETCONF, Flags: nl.Request | nl.Dump}, Data: []byte{unix.AF_INET, 0, 0, 0}})
+	for _, m := range msgs {
+		if len(m.Data) < 4 {
+			continue
+		}
+		if v, ok := attribute(m.Data[4:], rpFilter); ok && len(v) == 4 && binary.NativeEndian.Uint32(v) != 0 {
+			return true
+		}
+	}
+	return err != nil
+}
+
+// unmarkEntries takes the classifiers off that the plan does not need, and what
 // is empty after that.
 func (p *policy) unmarkEntries(plan *Plan) error {
 	links, err := p.h.LinkList()
@@ -81,7 +100,7 @@ func (p *policy) unmarkEntries(plan *Plan) error {
 	}
 	var errs []error
 	for _, link := range links {
-		if plan != nil && slices.Contains(plan.Interfaces, link.Attrs().Name) {
+		if name := link.Attrs().Name; plan != nil && slices.Contains(plan.Interfaces, name) && !slices.Contains(p.without, name) {
 			continue
 		}
 		in, err := p.h.FilterList(link, netlink.HANDLE_MIN_INGRESS)

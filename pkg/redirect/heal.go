@@ -40,7 +40,7 @@ func dialMonitor(own uint32) (*monitor, error) {
 		groups []uint32
 	}{
 		{&m.nft, unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}},
-		{&m.route, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_TC, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+		{&m.route, unix.NETLINK_ROUTE, []uint32{unix.RTNLGRP_LINK, unix.RTNLGRP_TC, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}},
 	} {
 		c, err := netlink.Dial(s.family, nil)
@@ -215,11 +215,12 @@ func (r *Redirect) heal(e *event) []string {
 			r.healed.Routes += uint64(m.routes)
 			did = append(did, "route")
 		}
+		// With what rp_filter is, and with what interfaces there are, the guard
+		// changes.
+		if err := r.policy.drop(r.plan); err != nil {
+			r.log.Error("the routing cannot be put right", "err", err)
+		}
 		if m.entries > 0 {
-			// An interface that appears is guarded by its name up to here.
-			if err := r.policy.drop(r.plan); err != nil {
-				r.log.Error("the routing cannot be put right", "err", err)
-			}
 			r.healed.Marks += uint64(m.entries)
 			did = append(did, "mark")
 		}
@@ -283,7 +284,7 @@ func (m *monitor) routeEvent(e *event, msg netlink.Message) {
 		if t, ok := attribute(b[rtmsgLen:], unix.RTA_TABLE); ok && len(t) == 4 && msg.Header.Type == unix.RTM_NEWROUTE {
 			e.foreign = append(e.foreign, place{int(b[0]), int(binary.NativeEndian.Uint32(t))})
 		}
-	case unix.RTM_DELTFILTER, unix.RTM_DELQDISC:
+	case unix.RTM_DELTFILTER, unix.RTM_DELQDISC, unix.RTM_NEWNETCONF:
 		e.policy = true
 	case unix.RTM_NEWLINK:
 		if len(b) < unix.SizeofIfInfomsg || binary.NativeEndian.Uint32(b[8:])&unix.IFF_UP == 0 { // ifi_flags

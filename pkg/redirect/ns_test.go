@@ -3,6 +3,7 @@ package redirect
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"net/netip"
 	"os/exec"
@@ -111,7 +112,13 @@ func (n *netns) open(o Options) *Redirect {
 	n.t.Helper()
 	var r *Redirect
 	var err error
-	n.do(func() { r, err = Open(o) })
+	for range 100 { // see remove
+		n.do(func() { r, err = Open(o) })
+		if !errors.Is(err, ErrInUse) {
+			break
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
 	if err != nil {
 		n.t.Fatal(err)
 	}

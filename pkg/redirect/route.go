@@ -6,6 +6,7 @@ import (
 	"net"
 	"slices"
 
+	nl "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -35,6 +36,7 @@ const loIndex = 1
 // need to know where a packet came from.
 type policy struct {
 	h       *netlink.Handle
+	conf    *nl.Conn // for what the handle does not know
 	without []string // interfaces of the plan that do not give the Entered mark
 }
 
@@ -44,10 +46,18 @@ func dialPolicy() (*policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("redirect: routing: %w", err)
 	}
-	return &policy{h: h}, nil
+	conf, err := nl.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		h.Close()
+		return nil, fmt.Errorf("redirect: routing: %w", err)
+	}
+	return &policy{h: h, conf: conf}, nil
 }
 
-func (p *policy) close() { p.h.Close() }
+func (p *policy) close() {
+	p.h.Close()
+	p.conf.Close()
+}
 
 func policyFamilies() []int { return []int{unix.AF_INET, unix.AF_INET6} }
 
@@ -84,10 +94,12 @@ func (p *policy) rules(plan *Plan, fam int) []netlink.Rule {
 	rs = append(rs, next, direct)
 	byName := sortedInterfaces(plan)
 	if fam == unix.AF_INET {
+		if len(p.without) < len(byName) {
+			r := rule(prefProhibit, plan.Marks.Entered(), "")
+			r.Type = unix.RTN_PROHIBIT
+			rs = append(rs, r)
+		}
 		byName = p.without
-		r := rule(prefProhibit, plan.Marks.Entered(), "")
-		r.Type = unix.RTN_PROHIBIT
-		rs = append(rs, r)
 	}
 	for _, i := range byName {
 		r := rule(prefProhibit, 0, i)

@@ -262,7 +262,9 @@ const wait = 2 * time.Second
 
 // ask connects from a namespace and returns the first line that comes, or the
 // error by its name. It also says if that took long.
-func ask(n *netns, network, addr string) string {
+func ask(n *netns, network, addr string) string { return askFor(n, network, addr, wait) }
+
+func askFor(n *netns, network, addr string, wait time.Duration) string {
 	var got string
 	began := time.Now()
 	n.do(func() {
