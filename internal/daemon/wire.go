@@ -46,6 +46,7 @@ func kernelBlock(b routes.Block) redirect.Block {
 	kb := redirect.Block{
 		Src:    b.Src,
 		Ifs:    b.Ifs,
+		Final:  b.Final,
 		Direct: kernelRanges(b.Direct),
 		Deny:   kernelRanges(b.Deny),
 		Proxy:  kernelRanges(b.Proxy),

@@ -24,9 +24,9 @@
 // Before denied rejects and before take takes anything, the chain "implicit"
 // lets pass what is never ours: replies of flows that were opened from outside,
 // addresses of this host, ICMP errors, neighbour discovery, the SOCKS servers
-// themselves, and the addresses that Admit let in. It stands there and not in
-// front because all of it ends as DIRECT would: so a packet that a rule sends
-// DIRECT pays for none of it.
+// themselves; and the chain "admitted" what Admit let in, unless a final block
+// decides. Both stand there and not in front because all of it ends as DIRECT
+// would: so a packet that a rule sends DIRECT pays for none of it.
 //
 // Only one refusal cannot be sent: that of this host's own question by UDP over
 // IPv4 whose listener is gone without a Close or a closed plan. It is known not

@@ -44,6 +44,10 @@ type Block struct {
 	Src      []netip.Prefix // sources; empty: any
 	Ifs      []string       // interfaces that the packet entered by; empty: any, and this host's own too
 
+	// Final makes the block decide about what Admit lets in too; else that
+	// passes whatever the block says.
+	Final bool
+
 	Direct []Range // may pass
 	Deny   []Range // are rejected: TCP by a reset, all else as prohibited
 	Proxy  []Range // are diverted to us if TCP, else refused

@@ -67,6 +67,10 @@ func newTable(p *Plan, gen string) (*table, error) {
 	return t, nil
 }
 
+// finalSuffix ends the names of the chains that ask nobody whether a packet was
+// let in.
+const finalSuffix = "_final"
+
 func (t *table) chain(name string) *chain {
 	c := &chain{name: name}
 	t.chains = append(t.chains, c)
@@ -146,12 +150,27 @@ func (t *table) implicit(p *Plan) {
 			c.add(serverIn(f, t.set(serverSet("servers"+f.digit(), f, servers))), going("direct"))
 		}
 	}
+	c = t.chain("admitted")
 	for _, f := range []family{ip4, ip6} {
 		for _, kind := range []string{admittedSet, liveSet} {
 			for q := partAddr; q <= partPort; q++ {
 				c.add(partIn(f, q, dynamicSet(kind, f, q)), going("keep"+f.digit()+q.suffix()))
 			}
 		}
+	}
+}
+
+// unless writes the chain that a verdict of a block leads to, and that of a
+// final block: what is to be stopped or taken goes on to then, unless it is
+// never ours or was let in.
+func (t *table) unless(name, then string) {
+	for _, suffix := range []string{"", finalSuffix} {
+		c := t.chain(name + suffix)
+		c.add(jump("implicit"))
+		if suffix == "" {
+			c.add(jump("admitted"))
+		}
+		c.add(going(then))
 	}
 }
 
@@ -162,8 +181,8 @@ func (t *table) implicit(p *Plan) {
 // ends, and lan goes on behind its jump.
 func (t *table) take(p *Plan) {
 	m := p.Marks
-	c := t.chain("take")
-	c.add(jump("implicit"))
+	c := t.chain("taken")
+	t.unless("take", "taken")
 	switch {
 	case p.Ports.TCP == 0:
 		c.add(going("refuse"))
@@ -286,8 +305,8 @@ func (t *table) output(p *Plan) {
 
 // decide writes the blocks, and what is denied for want of a block.
 func (t *table) decide(p *Plan) error {
-	denied := t.chain("denied")
-	denied.add(jump("implicit"))
+	denied := t.chain("deny")
+	t.unless("denied", "deny")
 	denied.add(setMark(p.Marks, 0), count(countDenied))
 	denied.add(proto(tcp), rejectReset())
 	denied.add(rejectProhibited())
@@ -317,6 +336,10 @@ func (t *table) decide(p *Plan) error {
 // longest needs no set, for it is what the others leave.
 func (t *table) block(c *chain, n int, b *Block) error {
 	name := func(what string) string { return fmt.Sprintf("b%d_%s", n, what) }
+	suffix := ""
+	if b.Final {
+		suffix = finalSuffix
+	}
 	conditions := t.protocols(b, name("ports"))
 	var ifs []statement
 	switch len(b.Ifs) {
@@ -343,8 +366,8 @@ func (t *table) block(c *chain, n int, b *Block) error {
 			ranges   []Range
 		}{
 			{"direct", "direct", normal(b.Direct, f)},
-			{"deny", "denied", normal(b.Deny, f)},
-			{"proxy", "take", normal(b.Proxy, f)},
+			{"deny", "denied" + suffix, normal(b.Deny, f)},
+			{"proxy", "take" + suffix, normal(b.Proxy, f)},
 		}
 		whole, err := covers(f, lists[0].ranges, lists[1].ranges, lists[2].ranges)
 		if err != nil {

@@ -20,6 +20,10 @@ type Block struct {
 	Src     []netip.Prefix // empty: any
 	Ifs     []string       // empty: any, and this host's own flows too
 
+	// Final: it decides about addresses of DirectScopes too, for it stands
+	// before every name that is DIRECT.
+	Final bool
+
 	Direct, Deny, Proxy []Range
 
 	Rules []*Rule // those that it was made of
@@ -33,7 +37,7 @@ func (t *Table) Kernel() []Block {
 	for i := 0; i < len(t.rules); {
 		first := t.rules[i]
 		var run []*Rule
-		for ; i < len(t.rules) && (len(t.rules[i].dest.prefixes) == 0 || sameConditions(first, t.rules[i])); i++ {
+		for ; i < len(t.rules) && (len(t.rules[i].dest.prefixes) == 0 || t.sameConditions(first, t.rules[i])); i++ {
 			if len(run) == 0 {
 				first = t.rules[i]
 			}
@@ -42,14 +46,19 @@ func (t *Table) Kernel() []Block {
 			}
 		}
 		if len(run) > 0 {
-			blocks = append(blocks, makeBlock(run))
+			b := makeBlock(run)
+			b.Final = t.final(run[0])
+			blocks = append(blocks, b)
 		}
 	}
 	return blocks
 }
 
-func sameConditions(a, b *Rule) bool {
-	return a.Protocols == b.Protocols && slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Src, b.Src) && slices.Equal(a.Ifs, b.Ifs)
+// final tells whether a rule stands before every rule that makes a name DIRECT.
+func (t *Table) final(r *Rule) bool { return r.Index < t.firstDirectName }
+
+func (t *Table) sameConditions(a, b *Rule) bool {
+	return t.final(a) == t.final(b) && a.Protocols == b.Protocols && slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Src, b.Src) && slices.Equal(a.Ifs, b.Ifs)
 }
 
 // makeBlock lays the prefixes of the rules on the line of addresses and gives

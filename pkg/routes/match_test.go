@@ -259,6 +259,17 @@ func TestMatchIsFirstMatch(t *testing.T) {
 	}
 }
 
+// kernelDecides returns what the packet filter does with a flow, and whether
+// the block that says so is final.
+func kernelDecides(blocks []Block, f flow.Flow) (a Action, final bool) {
+	for i := range blocks {
+		if a, ok := kernelAction(blocks[i:i+1], f); ok {
+			return a, blocks[i].Final
+		}
+	}
+	return Deny, false
+}
+
 // kernelAction decides a flow as the packet filter would.
 func kernelAction(blocks []Block, f flow.Flow) (Action, bool) {
 	in := func(list []Range) (n int) {

@@ -137,7 +137,7 @@ func (t *Table) Name(name string, client flow.Flow, local LocalNames) NameVerdic
 		}
 	case proxied == nil && line != nil && mode == ResolveRemote:
 		v.Why = line.position() + " says remote"
-	case proxied == nil && !admissible(all, rules):
+	case proxied == nil && !t.admissible(all, rules):
 		v.Why = "DIRECT, dialled by this host, since its rules differ by client or by too many ports for the kernel's set"
 	case proxied == nil:
 		v.Kind, v.Why = RealDirect, "every rule that it can match is DIRECT or DENY"
@@ -180,16 +180,24 @@ const maxScopePorts = 256
 // admissible tells whether what is DIRECT of a name can be let pass by its
 // addresses: the kernel's set knows no client, and few ports of each. All are
 // the rules that the name can match, mine those of them that the client can.
-// A DIRECT rule for every address needs no set, the kernel has it anyway.
-func admissible(all, mine []*Rule) bool {
-	if !slices.ContainsFunc(mine, func(r *Rule) bool { return r.Action == Direct && !r.anyAddress() }) {
+// A DIRECT rule for every address needs no set, the kernel has it anyway; and
+// what is final the kernel asks before the set.
+func (t *Table) admissible(all, mine []*Rule) bool {
+	if !slices.ContainsFunc(mine, needsAdmission) {
 		return true
 	}
-	if slices.ContainsFunc(all, (*Rule).byClient) {
-		return false
+	for _, r := range all {
+		if r.byClient() && !(t.final(r) && r.anyAddress()) {
+			return false
+		}
 	}
-	return !slices.ContainsFunc(directScopes(mine), func(s Scope) bool { return s.tooWide() })
+	mine = slices.DeleteFunc(slices.Clone(mine), func(r *Rule) bool { return t.final(r) && r.anyAddress() })
+	return !slices.ContainsFunc(directScopes(mine), Scope.tooWide)
 }
+
+// needsAdmission tells whether a rule makes flows DIRECT that the kernel does
+// not know of.
+func needsAdmission(r *Rule) bool { return r.Action == Direct && !r.anyAddress() }
 
 func (s Scope) whole() bool { return s.Ports == PortRange{0, 65535} }
 
@@ -252,14 +260,23 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 	if t.Name(name, client, local).Kind != RealDirect {
 		return nil, false
 	}
-	rules := t.candidates(name)
-	n, _ := t.prefixes.Lookup(addr.Unmap())
+	addr = addr.Unmap()
+	// What is final and matches the address is left out: the kernel asks it
+	// first, and knows all that it asks for.
+	rules := slices.DeleteFunc(t.candidates(name), func(r *Rule) bool {
+		return t.final(r) && slices.ContainsFunc(r.dest.prefixes, func(p netip.Prefix) bool { return p.Contains(addr) })
+	})
+	n, _ := t.prefixes.Lookup(addr)
 	for ; n != nil; n = n.parent {
-		rules = append(rules, n.rules...)
+		for _, r := range n.rules {
+			if !t.final(r) {
+				rules = append(rules, r)
+			}
+		}
 	}
 	slices.SortFunc(rules, func(a, b *Rule) int { return a.Index - b.Index })
-	rules = forClient(slices.Compact(rules), &client)
-	if !slices.ContainsFunc(rules, func(r *Rule) bool { return r.Action == Direct && !r.anyAddress() }) {
+	rules = forEveryone(slices.Compact(rules))
+	if !slices.ContainsFunc(rules, needsAdmission) {
 		return nil, false // the kernel lets it pass by its rules, if at all
 	}
 	if !slices.ContainsFunc(rules, func(r *Rule) bool { return r.Action != Direct }) {
@@ -269,6 +286,22 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 	// what is left can be too many ports: let pass less rather than more.
 	scopes = slices.DeleteFunc(directScopes(rules), Scope.tooWide)
 	return scopes, len(scopes) > 0
+}
+
+// forEveryone returns what decides in the worst case for a client that is not
+// known: DIRECT if it must ask who the client is does not count, all else does.
+func forEveryone(rules []*Rule) []*Rule {
+	out := make([]*Rule, 0, 8)
+	for _, r := range rules {
+		if r.Action == Direct && r.byClient() {
+			continue
+		}
+		out = append(out, r)
+		if !r.partial() {
+			break
+		}
+	}
+	return out
 }
 
 // forClient returns those of the rules, which are in order, that the client

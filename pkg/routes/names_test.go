@@ -2,7 +2,9 @@ package routes
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -58,7 +60,9 @@ func TestName(t *testing.T) {
 			"www.example.org from 10.7.0.1": "synthetic", // the kernel's set knows no client
 			"www.example.org from 10.8.0.1": "synthetic", "www.example.net from 10.7.0.1": "real, DIRECT",
 		}},
-		{"SOCKD5 @=192.0.2.1 * if=guest\nDIRECT *.example.org\nDENY *", map[string]string{"www.example.org": "synthetic"}},
+		// What is final the kernel asks before the set, so it may ask for anything.
+		{"SOCKD5 @=192.0.2.1 * if=guest\nDENY * eq 25\nDIRECT *.example.org\nDENY *", map[string]string{"www.example.org": "real, DIRECT"}},
+		{"SOCKD5 @=192.0.2.1 *.example.org if=guest\nDIRECT *.example.org\nDENY *", map[string]string{"www.example.org": "synthetic"}},
 	}
 	for _, tt := range tests {
 		table := mustParse(t, tt.rules)
@@ -86,12 +90,14 @@ func TestDirectScopes(t *testing.T) {
 		{"DIRECT *.example.org 80,443", "11.0.0.1", "tcp 80-80 tcp 443-443 udp 80-80 udp 443-443"},
 		{"DIRECT *.example.org proto=tcp", "11.0.0.1", "tcp 0-65535"},
 		{"DENY *.example.org eq 80\nDIRECT *.example.org 80-82 proto=tcp", "11.0.0.1", "tcp 81-82"},
-		// An address rule before the name's takes its part.
-		{"SOCKD5 @=192.0.2.1 11.0.0.0/8\nDIRECT *.example.org", "11.0.0.1", "none"},
-		{"SOCKD5 @=192.0.2.1 11.0.0.0/8\nDIRECT *.example.org", "12.0.0.1", "all"},
-		{"SOCKD5 @=192.0.2.1 11.0.0.0/8 eq 80\nDIRECT *.example.org 80-82 proto=tcp", "11.0.0.1", "tcp 81-82"},
-		{"SOCKD5 @=192.0.2.1 11.0.0.0/8 proto=udp\nDIRECT *.example.org", "11.0.0.1", "tcp 0-65535"},
-		{"SOCKD5 @=192.0.2.1 11.0.0.0/8 eq 80\nDIRECT *.example.org", "11.0.0.1", "none"}, // the rest has too many ports: less, not more
+		// An address rule before all DIRECT names is final, the kernel asks it first;
+		// one between them takes its part.
+		{"SOCKD5 @=192.0.2.1 11.0.0.0/8 eq 80\nDIRECT *.example.org 80-82 proto=tcp", "11.0.0.1", "tcp 80-82"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8\nDIRECT *.example.org", "11.0.0.1", "none"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8\nDIRECT *.example.org", "12.0.0.1", "all"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 eq 80\nDIRECT *.example.org 80-82 proto=tcp", "11.0.0.1", "tcp 81-82"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 proto=udp\nDIRECT *.example.org", "11.0.0.1", "tcp 0-65535"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 eq 80\nDIRECT *.example.org", "11.0.0.1", "none"}, // the rest has too many ports: less, not more
 		{"DIRECT *.example.org\nSOCKD5 @=192.0.2.1 11.0.0.0/8", "11.0.0.1", "all"},
 		// What is DIRECT for every address needs no set; what is proxied has no place in it.
 		{"DEFAULT DIRECT", "11.0.0.1", "none"},
@@ -128,4 +134,66 @@ func TestCarrierRule(t *testing.T) {
 	if r := table.CarrierRule("www.example.net", from("10.7.0.1")); r != nil {
 		t.Error(r)
 	}
+}
+
+// TestAdmittedPassesAsTheRulesSay: an address that was admitted for a client's
+// name passes only where the rules, asked with the address alone or with the
+// name beside it, say DIRECT, for every client.
+func TestAdmittedPassesAsTheRulesSay(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(7, 8))
+	admitted, passed := 0, 0
+	for range 10_000 {
+		table := mustParse(t, randomRules(rnd, 1+rnd.IntN(12)))
+		name := []string{"a.example", "b.a.example", "c.b.a.example", "c.example", "x.y.z"}[rnd.IntN(5)]
+		asker := randomFlow(rnd)
+		addr := randomFlow(rnd).Dst.Addr()
+		scopes, ok := table.DirectScopes(name, asker, addr, LocalNames{})
+		if !ok {
+			continue
+		}
+		admitted++
+		blocks := table.Kernel()
+		for range 50 {
+			f := randomFlow(rnd)
+			f.Name, f.Dst = "", netip.AddrPortFrom(addr, f.Dst.Port())
+			inSet := len(scopes) == 0 || slices.ContainsFunc(scopes, func(s Scope) bool {
+				return s.Network == f.Network && s.Ports.From <= f.Dst.Port() && f.Dst.Port() <= s.Ports.To
+			})
+			action, final := kernelDecides(blocks, f)
+			passes := action == Direct || inSet && !final
+			byAddr := table.Match(f).Action == Direct
+			byBoth := false
+			for _, r := range table.rules { // the first that the name or the address matches
+				named := f
+				named.Name = name
+				if r.matchesPort(&f) && r.matchesClient(&f) && (onlyRule(table, r, named) || onlyRule(table, r, f)) {
+					byBoth = r.Action == Direct
+					break
+				}
+			}
+			if passes && !byAddr && !byBoth {
+				t.Fatalf("%s asked for by %v, %s: %+v passes", name, asker.Src, rulesText(table), f)
+			}
+			if passes {
+				passed++
+			}
+		}
+	}
+	if admitted < 100 || passed < 1000 {
+		t.Errorf("only %d admitted, %d passed", admitted, passed)
+	}
+}
+
+// onlyRule tells whether the destination of f is one of r's.
+func onlyRule(t *Table, r *Rule, f flow.Flow) bool {
+	one := &Table{rules: []*Rule{{dest: r.dest}, {Default: true, dest: dest{anyName: true, prefixes: []netip.Prefix{all4, all6}}}}}
+	return reference(one, f) == one.rules[0]
+}
+
+func rulesText(t *Table) string {
+	var b strings.Builder
+	for _, r := range t.rules {
+		b.WriteString("\n\t" + r.Text)
+	}
+	return b.String()
 }

@@ -32,7 +32,9 @@ type Table struct {
 
 	byInterface bool
 	byClient    bool
-	sum         [sha256.Size]byte
+
+	firstDirectName int // index of the first rule that makes a name of its own DIRECT
+	sum             [sha256.Size]byte
 }
 
 // prefixNode is what the rules say of one prefix.
@@ -53,6 +55,10 @@ func (p *parser) build() *Table {
 	}
 	last.dest = dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
 	t.rules = append(p.rules, last)
+	t.firstDirectName = slices.IndexFunc(t.rules, func(r *Rule) bool { return r.Action == Direct && r.ownName() })
+	if t.firstDirectName < 0 {
+		t.firstDirectName = len(t.rules)
+	}
 	for i, r := range t.rules {
 		r.Index = i
 		if by := p.coveredBy(t, r); by != nil {
