@@ -1,6 +1,7 @@
 package redirect
 
 import (
+	"slices"
 	"net"
 	"strings"
 	"testing"
@@ -324,6 +325,22 @@ func TestAdmit(t *testing.T) {
 		asked{"tcp " + join(byName4, "80"), "server 203.0.113.77:80"}, asked{"tcp " + join(byName4, "7000"), "proxy 203.0.113.77:7000 lan"},
 		asked{"udp " + join(byName4, "80"), "ECONNREFUSED"}, asked{"ping " + byName4, "prohibited"},
 		asked{"tcp " + join(byName6, "80"), "server [2001:db8:a::77]:80"}, asked{"ping " + byName6, "prohibited"})
+
+	// A block that denies a port does so for what was let in only if it is final.
+	all4, all6 := Range{mustAddr("0.0.0.0"), mustAddr("255.255.255.255")}, Range{mustAddr("::"), mustAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")}
+	deny := Block{Networks: TCP, Ports: []PortRange{{80, 80}}, Deny: []Range{all4, all6}}
+	p.Readmit = []Admission{addr(byName4), addr(byName6)}
+	for _, deny.Final = range []bool{false, true} {
+		q := p
+		q.Blocks = slices.Insert(slices.Clone(p.Blocks), 0, deny)
+		w.apply(q)
+		want4, want6 := "server 203.0.113.77:80", "server [2001:db8:a::77]:80"
+		if deny.Final {
+			want4, want6 = "ECONNREFUSED", "ECONNREFUSED"
+		}
+		w.expect(w.client, asked{"tcp " + join(byName4, "80"), want4}, asked{"tcp " + join(byName6, "80"), want6},
+			asked{"udp " + join(byName4, "7000"), "server hello"}, asked{"ping " + byName6, "answer"})
+	}
 }
 
 // An address in use stays on after its time; one that is not goes.
