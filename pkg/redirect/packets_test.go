@@ -1,8 +1,8 @@
 package redirect
 
 import (
-	"slices"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 	"time"
