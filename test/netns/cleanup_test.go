@@ -1,8 +1,13 @@
 package netns_test
 
 import (
+	"errors"
+	"io"
+	"net"
 	"net/netip"
+	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -109,32 +114,51 @@ func TestCleanup(t *testing.T) {
 	same("after a stop with fail = open")
 }
 
-// TestStopWithFlows: SIGTERM ends in time though flows are running.
+// TestStopWithFlows: SIGTERM ends the daemon within a second though a thousand
+// flows are running, and every client hears of it at once.
 func TestStopWithFlows(t *testing.T) {
 	t.Parallel()
+	const n = 1000
 	w := newWorld(t)
-	w.dante(t)
-	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
-	l := w.outside.listen(t, "tcp", outsideAt+":7")
-	go func() {
-		for {
-			if _, err := l.Accept(); err != nil {
-				return
-			}
+	w.startFaulty(t, func(c *net.TCPConn) { // carries nothing, but holds
+		if _, err := greet(c); err == nil {
+			reply(c, 0)
+			io.Copy(io.Discard, c)
 		}
-	}()
-	for range 10 {
-		c, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
-		if err != nil {
-			t.Fatal(err)
+		c.Close()
+	})
+	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	var wg sync.WaitGroup
+	conns := make([]net.Conn, n)
+	for worker := range 20 {
+		wg.Go(func() {
+			for i := worker; i < n; i += 20 {
+				conns[i], _ = w.client.dial("tcp", net.JoinHostPort([]string{outsideAt, outsideAt6}[i%2], "7"), 10*time.Second)
+			}
+		})
+	}
+	wg.Wait()
+	for _, c := range conns {
+		if c == nil {
+			t.Fatal("a flow was not accepted")
 		}
 		defer c.Close()
 	}
+	eventually(t, 10*time.Second, "all flows are carried", func() bool { return d.metric(t, "tproxyd_flows") == n })
 	began := time.Now()
 	d.stop(t)
-	if took := time.Since(began); took > 8*time.Second {
+	took := time.Since(began)
+	t.Logf("stopped after %v", took.Round(time.Millisecond))
+	if took > time.Second {
 		t.Errorf("the stop took %v", took)
 	}
+	for _, c := range conns {
+		c.SetReadDeadline(began.Add(3 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("a flow after the stop: %v", err)
+		}
+	}
+
 	d.start(t)
 	d.cmd.Process.Signal(syscall.SIGINT)
 	if code, ended := d.wait(10 * time.Second); !ended || code != 0 {

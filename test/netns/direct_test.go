@@ -223,7 +223,8 @@ func (d *daemon) cpu(t testing.TB) time.Duration {
 func TestDirectByName(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	w.insideDNS.add(t, "www.example.net. 60 IN A "+outsideAt, "www.example.net. 60 IN AAAA "+outsideAt6)
+	w.insideDNS.add(t, "www.example.net. 60 IN A "+outsideAt, "www.example.net. 60 IN AAAA "+outsideAt6,
+		"www.example.net. 60 IN HTTPS 1 . ipv4hint="+insideAt)
 	startWeb(t, w.outside, outsideAt+":8081", "["+outsideAt6+"]:8081")
 	d := serve(t, w.gateway, settings{routes: "DIRECT *.example.net eq 80\nDEFAULT DENY\n"})
 
@@ -232,6 +233,21 @@ func TestDirectByName(t *testing.T) {
 	for _, family := range []string{"-4", "-6"} {
 		w.client.curl(t, "http://www.example.net/byname", family).fetched(t, clientAt, clientAt6)
 		w.client.curl(t, "http://www.example.net:8081/byname", family).refused(t)
+	}
+	// The hints of an HTTPS record are addresses, too.
+	w.client.curl(t, "http://"+insideAt+"/early").refused(t)
+	if m, err := w.client.ask("udp", insideNS, "www.example.net", dns.TypeHTTPS); err != nil || !strings.Contains(m.String(), insideAt) {
+		t.Errorf("HTTPS: %v %v", err, m)
+	}
+	w.client.curl(t, "http://"+insideAt+"/hint").fetched(t, clientAt)
+	// All of that passed in the kernel: the daemon carried nothing.
+	for _, action := range []string{"direct", "proxied"} {
+		if n := d.metric(t, `tproxyd_flows_total{action="`+action+`"}`); n != 0 {
+			t.Errorf("%v flows DIRECT by name came to user space", n)
+		}
+	}
+	if d.metric(t, `tproxyd_kernel_packets_total{verdict="direct"}`) == 0 {
+		t.Error("the kernel counted no DIRECT packet")
 	}
 	// A reload that no longer says DIRECT resets what runs (R11).
 	l := w.outside.listen(t, "tcp", outsideAt+":8082")

@@ -38,6 +38,8 @@ func TestDNS(t *testing.T) {
 	w.insideDNS.add(t,
 		"www.example.org. 60 IN TXT \"known inside\"", "www.example.org. 60 IN MX 10 mail.example.org.",
 		"www.example.org. 60 IN A 192.0.2.99", "www.example.org. 60 IN AAAA 2001:db8:bad::1",
+		"www.example.org. 60 IN HTTPS 1 . alpn=h2 ipv4hint=192.0.2.99 ipv6hint=2001:db8:bad::1",
+		"www.example.org. 60 IN SVCB 1 . alpn=h2 ipv4hint=192.0.2.99",
 		"secret.denied.example. 60 IN A 192.0.2.99")
 	serve(t, w.gateway, settings{routes: `SERVER one 198.51.100.11
 SOCKD5 @=one *.example.org

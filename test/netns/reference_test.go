@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 )
 
 // office is the topology of the reference scenario, with the addresses of the
@@ -110,11 +111,12 @@ func (o *office) startInt1(t testing.TB) *danted {
 	return startDanted(t, o.int1, "10.0.3.1:1080", paperDante(t, "danted.conf.socks-int1"))
 }
 
-// paperRoutes is the paper's Hummingbird sample with the credentials that its
-// format has no place for.
+// paperRoutes is the paper's Hummingbird sample with what its format has no
+// place for: credentials, and a bad mark that expires within the test.
 func paperRoutes(t testing.TB) string {
 	t.Helper()
-	return "SERVER int1 10.0.3.1:1080 auth=userpass credential=int\n" +
+	return "HEALTH badexpire=5s\n" +
+		"SERVER int1 10.0.3.1:1080 auth=userpass credential=int\n" +
 		"SERVER int2 10.0.3.2:1080 auth=userpass credential=int\n" +
 		strings.ReplaceAll(fixture(t, "hummingbird/socks.cnf"), "@=10.0.3.1,10.0.3.2", "@=int1,int2")
 }
@@ -207,6 +209,14 @@ func TestReferenceScenario(t *testing.T) {
 	for i := range 12 {
 		o.client.curl(t, fmt.Sprintf("http://www%d.example.org/down", i)).fetched(t, "203.0.113.2")
 	}
+	// Back again it is used again, once its bad mark has expired.
+	o.int1Dante = o.startInt1(t)
+	back := map[string]int{}
+	eventually(t, 20*time.Second, "both are used again", func() bool {
+		p := o.client.curl(t, "http://www0.example.org/back").fetched(t, "203.0.113.1", "203.0.113.2")
+		back[p.from.String()]++
+		return len(back) == 2
+	})
 	for _, from := range o.inetWeb.from("/two") {
 		if s := from.String(); s != "203.0.113.1" && s != "203.0.113.2" {
 			t.Errorf("the Internet saw %s", s)

@@ -1,0 +1,123 @@
+package netns_test
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/miekg/dns"
+)
+
+// Topology: world. Who resolves a name, the gateway's resolver or the SOCKS
+// server's, and what follows for its flows:
+//
+//	client --> gateway --53--> inside             RESOLVE local, PROXY_NAME, DIRECT
+//	              '--SOCKS--> socks1 --53--> outside   everything else
+
+func TestResolve(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, _ := w.dante(t)
+	w.insideDNS.add(t,
+		"direct.corp.example. 60 IN A "+insideAt, "proxied.corp.example. 60 IN A "+outsideAt,
+		"known.example.com. 60 IN A "+insideAt, "www.example.org. 60 IN A 192.0.2.99")
+	w.insideDNS.silent["silent.example.com"] = true
+	w.outsideDNS.add(t, "only.example.com. 60 IN A "+outsideAt, "silent.example.com. 60 IN A "+outsideAt)
+	serve(t, w.gateway, settings{routes: `SERVER one 198.51.100.11
+TIMEOUT dns=1s
+PROXY_NAME @=one
+RESOLVE local *.corp.example
+SOCKD5 @=one *.example.org
+DENY *.nx.example reject=dns-nxdomain
+DENY *.refused.example reject=dns-refused
+DENY denied.example
+DIRECT 198.51.100.0/24
+SOCKD5 @=one *
+`})
+
+	for _, test := range []struct {
+		name   string
+		want   string // an address, "pool", or the answer's code
+		from   string // as whom the page is fetched; empty: it is not
+		inside bool   // the gateway's resolver is asked
+		remote bool   // the SOCKS server is given the name, and asks its own
+	}{
+		// RESOLVE local: then the address decides.
+		{"direct.corp.example", insideAt, clientAt, true, false},
+		{"proxied.corp.example", outsideAt, socks1Out, true, false},
+		{"none.corp.example", "NXDOMAIN", "", true, false},
+		// A rule of its own: remote, whatever is known here.
+		{"www.example.org", "pool", socks1Out, false, true},
+		// PROXY_NAME: local if known here, else remote.
+		{"known.example.com", insideAt, clientAt, true, false},
+		{"only.example.com", "pool", socks1Out, true, true},
+		{"silent.example.com", "pool", socks1Out, true, true},
+	} {
+		if got := w.answer(t, test.name); got != test.want {
+			t.Errorf("%s is %s, want %s", test.name, got, test.want)
+		}
+		p := w.client.curl(t, "http://"+test.name+"/resolve", "-4")
+		if test.from == socks1Out { // which may take the name's IPv6 address
+			p.fetched(t, socks1Out, socks1Out6)
+		} else if test.from != "" {
+			p.fetched(t, test.from)
+		} else if p.code != 6 {
+			t.Errorf("%s: curl exit %d, want 6 (no such name)\n%s", test.name, p.code, p.body)
+		}
+		if asked := w.insideDNS.questions(test.name); len(asked) > 0 != test.inside {
+			t.Errorf("%s: the inside was asked %v", test.name, asked)
+		}
+		if asked := w.outsideDNS.questions(test.name); len(asked) > 0 != test.remote {
+			t.Errorf("%s: the outside was asked %v", test.name, asked)
+		}
+	}
+	if n := len(one.carriedBy("", "203.0.113.80.80")); n == 0 {
+		t.Errorf("danted logged nothing of it\n%s", one.log())
+	}
+}
+
+// TestDeniedNames: DENY is asked of nobody, and says it in the way that the
+// rule wants.
+func TestDeniedNames(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	serve(t, w.gateway, settings{routes: `DENY *.nx.example reject=dns-nxdomain
+DENY *.refused.example reject=dns-refused
+DENY *.denied.example
+SOCKD5 @=198.51.100.11 *.example.org
+DEFAULT DENY
+`})
+	w.observe(t)
+	for _, test := range []struct{ name, want string }{
+		{"x.nx.example", "NXDOMAIN"}, {"x.refused.example", "REFUSED"}, {"x.denied.example", "pool"}, {"x.default.example", "pool"},
+	} {
+		if got := w.answer(t, test.name); got != test.want {
+			t.Errorf("%s is %s, want %s", test.name, got, test.want)
+		}
+		if p := w.client.curl(t, "http://"+test.name+"/"); test.want == "pool" {
+			p.refused(t)
+		} else if p.code != 6 {
+			t.Errorf("%s: curl exit %d, want 6 (no such name)", test.name, p.code)
+		}
+	}
+	if n, who := w.leaked(t); n != 0 || w.carried(t) != 0 {
+		t.Errorf("somebody was asked: %d packets %s, %d to a SOCKS server", n, who, w.carried(t))
+	}
+}
+
+// answer asks for a name's IPv4 address: an address, "pool" for a synthetic
+// one, or the code of an answer without any.
+func (w *world) answer(t testing.TB, name string) string {
+	t.Helper()
+	m, err := w.client.ask("udp", insideNS, name, dns.TypeA)
+	if err != nil {
+		t.Errorf("%s: %v", name, err)
+		return ""
+	}
+	for _, rr := range m.Answer {
+		if a := rr.(*dns.A).A.String(); !pool4.Contains(netip.MustParseAddr(a)) {
+			return a
+		}
+		return "pool"
+	}
+	return dns.RcodeToString[m.Rcode]
+}
