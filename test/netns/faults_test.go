@@ -212,7 +212,7 @@ func TestFullDisk(t *testing.T) {
 	const n = 6000
 	count := func(when string) []netip.Addr {
 		t.Helper()
-		addrs := w.resolveMany(n, 2*time.Second)
+		addrs := w.resolveMany(n, 2*time.Second, nil)
 		for i, a := range addrs {
 			if !a.IsValid() {
 				t.Fatalf("%s: host-%d has no answer", when, i)
@@ -225,6 +225,9 @@ func TestFullDisk(t *testing.T) {
 		if first[i] != a {
 			t.Fatalf("host-%d was %v and is %v", i, first[i], a)
 		}
+	}
+	if d.metric(t, "tproxyd_state_errors_total") == 0 {
+		t.Error("the disk was not full: the test shows nothing")
 	}
 	w.client.curl(t, "http://host-1.example.org/full").ok(t)
 	d.process.kill()

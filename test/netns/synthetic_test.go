@@ -18,8 +18,9 @@ import (
 
 // resolveMany asks for n names from several sockets at once and returns the
 // addresses; one name in twenty is asked over TCP, one in ten for IPv6. What
-// got no answer is the zero address.
-func (w *world) resolveMany(n int, limit time.Duration) []netip.Addr {
+// got no answer is the zero address. It gives up when the channel until is
+// closed, if there is one.
+func (w *world) resolveMany(n int, limit time.Duration, until <-chan struct{}) []netip.Addr {
 	addrs := make([]netip.Addr, n)
 	var wg sync.WaitGroup
 	const workers = 16
@@ -34,6 +35,11 @@ func (w *world) resolveMany(n int, limit time.Duration) []netip.Addr {
 				}
 				defer conn.Close()
 				for i := worker; i < n; i += workers {
+					select {
+					case <-until:
+						return nil
+					default:
+					}
 					qtype := dns.TypeA
 					if i%10 == 9 {
 						qtype = dns.TypeAAAA
@@ -71,7 +77,7 @@ func TestSyntheticSurvivesKill(t *testing.T) {
 
 	// The first half in peace, then killed at once after the last answer.
 	began := time.Now()
-	before := w.resolveMany(n/2, 2*time.Second)
+	before := w.resolveMany(n/2, 2*time.Second, nil)
 	t.Logf("%d names in %v", n/2, time.Since(began).Round(time.Millisecond))
 	d.process.kill()
 	d.start(t)
@@ -84,12 +90,12 @@ func TestSyntheticSurvivesKill(t *testing.T) {
 		time.Sleep(150 * time.Millisecond)
 		d.process.kill()
 	}()
-	all := w.resolveMany(n, 300*time.Millisecond)
+	all := w.resolveMany(n, 300*time.Millisecond, killed)
 	<-killed
 	d.start(t)
 
 	answered := 0
-	after := w.resolveMany(n, 2*time.Second)
+	after := w.resolveMany(n, 2*time.Second, nil)
 	seen := map[netip.Addr]int{}
 	for i, a := range after {
 		if !a.IsValid() {
@@ -112,7 +118,7 @@ func TestSyntheticSurvivesKill(t *testing.T) {
 	t.Logf("%d of %d were answered around the second kill", answered, n)
 	d.process.kill()
 	d.start(t)
-	for i, a := range w.resolveMany(n, 2*time.Second) {
+	for i, a := range w.resolveMany(n, 2*time.Second, nil) {
 		if a != after[i] {
 			t.Fatalf("host-%d was %v and is %v after all 10,000 were answered", i, after[i], a)
 		}
