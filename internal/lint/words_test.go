@@ -28,8 +28,9 @@ func TestReadme(t *testing.T) {
 	}
 }
 
-// TestExamples runs or parses every example of the documents and man pages:
-// TOML and rules by our own check, make targets by make, commands by --help.
+// TestExamples runs or parses every example of the documents: TOML and rules by
+// our own check, make targets by make, commands by --help, a terminal's text by
+// the program itself. TestManExamples does so for the man pages.
 func TestExamples(t *testing.T) {
 	tried := map[string]int{}
 	for _, doc := range documents {
@@ -44,16 +45,42 @@ func TestExamples(t *testing.T) {
 				for _, line := range strings.Split(m[2], "\n") {
 					checkCommand(t, doc, line)
 				}
+			case "console":
+				checkConsole(t, doc, m[2])
 			case "text", "":
 			default:
 				t.Errorf("%s: a block of %q is tried by nobody", doc, m[1])
 			}
 		}
 	}
-	for _, lang := range []string{"toml", "conf", "sh"} {
+	for _, lang := range []string{"toml", "conf", "sh", "console"} {
 		if tried[lang] == 0 {
 			t.Errorf("no example of %q in %v", lang, documents)
 		}
+	}
+}
+
+// checkConsole runs the command of a terminal's text with the document's own
+// files, and wants what the text shows.
+func checkConsole(t *testing.T, doc, text string) {
+	t.Helper()
+	line, want, _ := strings.Cut(text, "\n")
+	args, ours := strings.CutPrefix(line, "$ tproxyd ")
+	if !ours {
+		t.Fatalf("%s: nobody tries %q", doc, line)
+	}
+	dir := t.TempDir()
+	for _, m := range fence.FindAllStringSubmatch(read(t, doc), -1) {
+		switch m[1] {
+		case "toml":
+			write(t, filepath.Join(dir, "tproxyd.toml"), m[2], 0o644)
+		case "conf":
+			write(t, filepath.Join(dir, "socks.cnf"), m[2], 0o644)
+		}
+	}
+	out, _ := tproxyd(t, append(strings.Fields(args), "-c", filepath.Join(dir, "tproxyd.toml"))...)
+	if got := strings.ReplaceAll(out, dir, "/etc/tproxyd"); got != want {
+		t.Errorf("%s: %s prints\n%s\nwant\n%s", doc, line, got, want)
 	}
 }
 
