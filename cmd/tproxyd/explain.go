@@ -70,7 +70,7 @@ func parseFlow(dest, src, inIf, proto string) (f flow.Flow, err error) {
 		if err != nil {
 			return f, fmt.Errorf("--src: %q is not an address", src)
 		}
-		f.Src = netip.AddrPortFrom(a.Unmap(), 0)
+		f.Src = netip.AddrPortFrom(a.Unmap().WithZone(""), 0)
 	}
 	host, service, err := net.SplitHostPort(dest)
 	if err != nil {
@@ -85,7 +85,7 @@ func parseFlow(dest, src, inIf, proto string) (f flow.Flow, err error) {
 		port = uint64(n)
 	}
 	if a, err := netip.ParseAddr(host); err == nil {
-		f.Dst = netip.AddrPortFrom(a.Unmap(), uint16(port))
+		f.Dst = netip.AddrPortFrom(a.Unmap().WithZone(""), uint16(port))
 		return f, nil
 	}
 	f.Name = strings.ToLower(strings.TrimSuffix(host, "."))
@@ -131,8 +131,15 @@ func explain(s *daemon.Setup, f flow.Flow) explanation {
 		x.decide(s.Table.Match(f), "")
 	case routes.RealDirect:
 		x.DNS = "resolved here, real addresses, which enter the kernel's DIRECT set: " + v.Why
-		x.Kernel = "DIRECT by the set of admitted addresses, never in user space"
-		x.decide(s.Table.Match(f), "")
+		r := s.Table.Match(f)
+		if r.Action == routes.Direct {
+			x.Kernel = "DIRECT by the set of admitted addresses, never in user space"
+		} else {
+			x.note("this port is not DIRECT and the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
+			f.Name = ""
+			r = s.Table.Match(f)
+		}
+		x.decide(r, "")
 	case routes.LocalFirst:
 		x.DNS = "resolved here if it can be, else a synthetic address: " + v.Why
 		x.note("the verdict is for the synthetic address; if the name resolves here its address decides")
