@@ -15,6 +15,11 @@ import (
 // a number of 16 bits, and what does not fit is cut off without an error.
 const chunk = 1000
 
+// atOnce is how many messages go into one transaction where more than one is
+// allowed. The time that one takes grows faster than its size: for 100,000
+// prefixes one takes 1.2 seconds, ten take 0.5.
+const atOnce = 20
+
 // present is what of our table is in the kernel.
 type present struct {
 	chains []string
@@ -37,10 +42,11 @@ func stale(have []string, want func(string) bool) []string {
 	return slices.DeleteFunc(slices.Clone(have), want)
 }
 
-// setMessages returns the transaction that adds the sets of the table, with
-// their elements. It comes before that of the rules, since a set of intervals
-// finds nothing until its transaction is over (the kernel builds what it
-// searches last), while the rules are in force a moment before.
+// setMessages returns what adds the sets of the table, with their elements. It
+// comes before the transaction of the rules, since a set of intervals finds
+// nothing until its transaction is over (the kernel builds what it searches
+// last), while the rules are in force a moment before. As no rule looks into
+// them yet it may be any number of transactions.
 func (t *table) setMessages() ([]netlink.Message, error) {
 	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
 	return record(func(c *nftables.Conn) error {
@@ -59,12 +65,13 @@ func (t *table) setMessages() ([]netlink.Message, error) {
 	})
 }
 
-// unset returns the transaction that takes back setMessages.
-func (t *table) unset(there present) ([]netlink.Message, error) {
+// unset returns the transaction that takes back setMessages, for those of its
+// sets that are new.
+func (t *table) unset(names []string) ([]netlink.Message, error) {
 	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
 	return record(func(c *nftables.Conn) error {
 		for _, s := range t.sets {
-			if !slices.Contains(there.sets, s.name) {
+			if slices.Contains(names, s.name) {
 				c.DelSet(&nftables.Set{Name: s.name, Table: nt})
 			}
 		}

@@ -205,16 +205,32 @@ func (r *Redirect) changeTable(p *Plan, d dynamic) error {
 	if err != nil {
 		return err
 	}
-	if err = r.nf.commit(sets); err != nil {
-		return err
+	for part := range slices.Chunk(sets, atOnce) {
+		if err == nil {
+			err = r.nf.commit(part)
+		}
 	}
-	if err = r.verify(t); err == nil {
+	if err == nil {
+		err = r.verify(t)
+	}
+	if err == nil {
 		err = r.nf.commit(rules)
 	}
 	if err != nil {
-		if back, e := t.unset(there); e == nil {
-			r.nf.commit(back) // what cannot be taken back the next plan takes away
-		}
+		r.dropUnused(t, there) // if that fails too, the next plan takes them away
+	}
+	return err
+}
+
+// dropUnused removes the sets of a table whose rules could not be put in force.
+func (r *Redirect) dropUnused(t *table, before present) error {
+	now, err := r.nf.names(unix.NFT_MSG_GETSET)
+	if err != nil {
+		return err
+	}
+	msgs, err := t.unset(stale(now, func(n string) bool { return slices.Contains(before.sets, n) }))
+	if err == nil {
+		err = r.nf.commit(msgs)
 	}
 	return err
 }
