@@ -135,11 +135,15 @@ func (d *Daemon) dialMarked(ctx context.Context, network, addr string) (net.Conn
 }
 
 // inboundInterface returns the name of the interface that a flow entered by;
-// empty: it is this host's own, or nobody knows.
+// empty: it is this host's own, or nobody knows, or no rule asks.
 func (d *Daemon) inboundInterface(c *relay.Conn) string {
+	local, remote := c.LocalAddrPort().Addr().Unmap(), c.RemoteAddrPort().Addr().Unmap()
+	if local.Is4() && !d.gateway.Plan().Table().UsesInterfaces() {
+		return "" // an IPv6 socket must be asked, it keeps packets until then
+	}
 	index := 0
 	if err := c.Control(func(fd int) (err error) {
-		index, err = redirect.InboundInterface(fd)
+		index, err = redirect.InboundInterface(fd, local, remote)
 		return err
 	}); err != nil {
 		d.log.Debug("the interface of a flow", "err", err)

@@ -128,19 +128,18 @@ func transparentTCP(fd int, v6 bool, m Marks) error {
 const pktOptions6 = 6
 
 // InboundInterface returns the index of the interface that the connection of a
-// socket accepted from a Listener came in by; 1, which is lo, for those of this
+// socket accepted from a Listener, with these two ends, came in by; 1, which is lo, for those of this
 // host itself. It is to be called once for a socket, and soon: an IPv6 socket
 // keeps a copy of each segment until then.
-func InboundInterface(fd int) (int, error) {
-	if own, err := toItself(fd); own || err != nil {
-		return loIndex, err
+func InboundInterface(fd int, local, remote netip.Addr) (int, error) {
+	// Only this host itself connects to one of its addresses from the same one,
+	// and the kernel then names the interface that has the address.
+	if local == remote {
+		return loIndex, nil
 	}
-	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
-	if err != nil {
-		return 0, fmt.Errorf("redirect: SO_DOMAIN: %w", err)
-	}
+	v6 := local.Is6()
 	level, name, size := unix.SOL_IP, unix.IP_PKTOPTIONS, unix.SizeofInet4Pktinfo
-	if domain == unix.AF_INET6 {
+	if v6 {
 		level, name, size = unix.SOL_IPV6, pktOptions6, unix.SizeofInet6Pktinfo
 	}
 	var b [128]byte
@@ -148,7 +147,7 @@ func InboundInterface(fd int) (int, error) {
 	if err := getsockopt(fd, level, name, &b[0], &n); err != nil {
 		return 0, fmt.Errorf("redirect: packet options: %w", err)
 	}
-	if domain == unix.AF_INET6 {
+	if v6 {
 		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, 0); err != nil {
 			return 0, fmt.Errorf("redirect: IPV6_RECVPKTINFO: %w", err)
 		}
@@ -167,27 +166,4 @@ func InboundInterface(fd int) (int, error) {
 		rest = next
 	}
 	return 0, errors.New("redirect: the socket does not tell its interface")
-}
-
-// toItself reports whether a connection has one address at both ends. Only this
-// host itself makes such, to one of its addresses, and the kernel says then that
-// they come by the interface that has the address.
-func toItself(fd int) (bool, error) {
-	local, err := unix.Getsockname(fd)
-	if err != nil {
-		return false, fmt.Errorf("redirect: getsockname: %w", err)
-	}
-	remote, err := unix.Getpeername(fd)
-	if err != nil {
-		return false, fmt.Errorf("redirect: getpeername: %w", err)
-	}
-	switch l := local.(type) {
-	case *unix.SockaddrInet4:
-		r, ok := remote.(*unix.SockaddrInet4)
-		return ok && l.Addr == r.Addr, nil
-	case *unix.SockaddrInet6:
-		r, ok := remote.(*unix.SockaddrInet6)
-		return ok && l.Addr == r.Addr, nil
-	}
-	return false, nil
 }

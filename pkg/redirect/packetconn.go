@@ -179,7 +179,7 @@ func (r *reader) parse(i int, d *flow.Datagram) bool {
 		}
 		rest = next
 	}
-	if d.Src.Addr() == d.Dst.Addr() { // see toItself
+	if d.Src.Addr() == d.Dst.Addr() { // see InboundInterface
 		d.IfIndex = loIndex
 	}
 	return d.Dst.IsValid() && d.Src.IsValid() && m.hdr.Flags&unix.MSG_TRUNC == 0
