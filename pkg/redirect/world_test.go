@@ -203,7 +203,8 @@ func inbound(c net.Conn) string {
 		return err.Error()
 	}
 	index := 0
-	raw.Control(func(fd uintptr) { index, err = InboundInterface(int(fd)) })
+	ip := func(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
+	raw.Control(func(fd uintptr) { index, err = InboundInterface(int(fd), ip(c.LocalAddr()), ip(c.RemoteAddr())) })
 	if err != nil {
 		return err.Error()
 	}
