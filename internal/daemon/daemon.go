@@ -136,6 +136,9 @@ func (d *Daemon) open() (err error) {
 			return fmt.Errorf("daemon: [control] metrics: %w", err)
 		}
 	}
+	for _, h := range redirect.Hindrances(d.mark) {
+		d.log.Warn(h)
+	}
 	p := kernelPlan(d.setup, d.ports())
 	p.Readmit = d.setup.readmitAtStart()
 	if err := d.kernel.Apply(p); err != nil {

@@ -52,7 +52,24 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if diags.HasErrors() {
 		return nil, diags
 	}
+	if c.Intercept.DNS {
+		diags = append(diags, rulesOfPort53(t)...)
+	}
 	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir}, diags
+}
+
+// rulesOfPort53 warns of rules that no flow can come to (R9): with dns = true
+// questions are answered and not carried.
+func rulesOfPort53(t *routes.Table) (diags routes.Diagnostics) {
+	for _, r := range t.Rules() {
+		if len(r.Ports) == 1 && r.Ports[0] == (routes.PortRange{From: 53, To: 53}) {
+			diags = append(diags, routes.Diagnostic{
+				File: r.File, Line: r.Line, Col: 1, Severity: routes.Warning, Code: "W02",
+				Msg: "rule for port 53 alone has no effect: with [intercept] dns = true questions are answered here, whomever they are sent to",
+			})
+		}
+	}
+	return diags
 }
 
 // auth returns the user name and password of a credential; nil: there is none.

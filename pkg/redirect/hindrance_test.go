@@ -1,0 +1,42 @@
+package redirect
+
+import (
+	"os"
+	"strings"
+	"testing"
+)
+
+func TestHindrances(t *testing.T) {
+	t.Parallel()
+	m := Marks{Value: 0x7000, Mask: 0xf000}
+	for name, tt := range map[string]struct {
+		lines []string
+		want  string // part of the only message; empty: none
+	}{
+		"nothing":           {nil, ""},
+		"policy drop":       {[]string{"nft add table inet f", "nft add chain inet f in '{ type filter hook input priority 0; policy drop; }'"}, "chain in of table inet f"},
+		"reject at the end": {[]string{"nft add table ip f", "nft add chain ip f in '{ type filter hook input priority 0; }'", "nft add rule ip f in tcp dport 22 accept", "nft add rule ip f in counter reject"}, "chain in of table ip f"},
+		"reject of some":    {[]string{"nft add table ip f", "nft add chain ip f in '{ type filter hook input priority 0; }'", "nft add rule ip f in tcp dport 22 reject"}, ""},
+		"let in by mark":    {[]string{"nft add table inet f", "nft add chain inet f in '{ type filter hook input priority 0; policy drop; }'", "nft add rule inet f in meta mark and 0xf000 == 0x8000 accept"}, ""},
+		"other hook":        {[]string{"nft add table inet f", "nft add chain inet f fw '{ type filter hook forward priority 0; policy drop; }'"}, ""},
+		"mark of others":    {[]string{"ip rule add fwmark 0x4000/0x4000 lookup 99 pref 77"}, "routing rule 77"},
+		"mark of others, 6": {[]string{"ip -6 rule add fwmark 0x1 lookup 99 pref 78"}, "routing rule 78"},
+		"bridge": {[]string{"ip link add br0 type bridge", "sysctl -qw net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=0"},
+			"bridge-nf-call-iptables is 1"},
+		"bridge without calls": {[]string{"ip link add br0 type bridge", "sysctl -qw net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0"}, ""},
+		"mark beside ours":     {[]string{"ip rule add fwmark 0x10/0xff lookup 99"}, ""},
+	} {
+		if _, err := os.Stat("/proc/sys/net/bridge"); err != nil && strings.HasPrefix(name, "bridge") {
+			continue // without br_netfilter no bridge calls anybody
+		}
+		t.Run(name, func(t *testing.T) {
+			n := newNetns(t)
+			n.run(tt.lines...)
+			var got []string
+			n.do(func() { got = Hindrances(m) })
+			if (tt.want == "") != (len(got) == 0) || tt.want != "" && (len(got) != 1 || !strings.Contains(got[0], tt.want)) {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
