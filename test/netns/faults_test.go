@@ -245,6 +245,7 @@ func TestDescriptors(t *testing.T) {
 	startMicrosocks(t, w.socks1, socks1At+":1080")
 	d := serve(t, w.gateway, settings{routes: "TIMEOUT connect=2s handshake=2s\nSOCKD5 @=198.51.100.11 *\n"})
 	flows := w.startEchoes(t, 8)
+	eventually(t, 10*time.Second, "the flows are carried", func() bool { return d.metric(t, "tproxyd_flows") == 8 })
 	used, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.pid()))
 	if err != nil {
 		t.Fatal(err)
