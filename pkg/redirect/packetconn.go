@@ -1,7 +1,6 @@
 package redirect
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -35,6 +34,8 @@ type packetConn struct {
 	raw    *os.File
 	send   syscall.RawConn
 	writer writer
+
+	long *os.File // for what must be fragmented
 }
 
 var _ flow.PacketConn = (*packetConn)(nil)
@@ -72,21 +73,19 @@ func newPacketConn(udp *net.UDPConn, v6 bool, m Marks) (*packetConn, error) {
 	if c.recv, err = udp.SyscallConn(); err != nil {
 		return nil, err
 	}
-	domain := unix.AF_INET
-	if v6 {
-		domain = unix.AF_INET6
+	// Of protocol IPPROTO_RAW a socket receives nothing, and sends whole packets,
+	// but none that is longer than its way allows.
+	if c.raw, err = rawSocket(unix.IPPROTO_RAW, v6, m); err != nil {
+		return nil, err
 	}
-	// Of protocol IPPROTO_RAW a socket receives nothing, and sends whole packets.
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_RAW)
-	if err != nil {
-		return nil, fmt.Errorf("raw socket: %w", err)
-	}
-	c.raw = os.NewFile(uintptr(fd), "raw")
-	if err = m.MarkOwn(fd); err == nil {
+	if c.long, err = rawSocket(unix.IPPROTO_UDP, v6, m); err == nil {
 		c.send, err = c.raw.SyscallConn()
 	}
 	if err != nil {
 		c.raw.Close()
+		if c.long != nil {
+			c.long.Close()
+		}
 		return nil, err
 	}
 	c.reader.init()
@@ -94,7 +93,34 @@ func newPacketConn(udp *net.UDPConn, v6 bool, m Marks) (*packetConn, error) {
 	return c, nil
 }
 
-func (c *packetConn) Close() error { return errors.Join(c.udp.Close(), c.raw.Close()) }
+// rawSocket makes a socket that only sends, from any address.
+func rawSocket(protocol int, v6 bool, m Marks) (*os.File, error) {
+	domain := unix.AF_INET
+	if v6 {
+		domain = unix.AF_INET6
+	}
+	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
+	if err != nil {
+		return nil, fmt.Errorf("raw socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "raw")
+	nothing := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 0}
+	err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &nothing})
+	if err != nil {
+		err = fmt.Errorf("SO_ATTACH_FILTER: %w", err)
+	} else {
+		err = transparent(fd, v6, m)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (c *packetConn) Close() error {
+	return errors.Join(c.udp.Close(), c.raw.Close(), c.long.Close())
+}
 
 func (r *reader) init() {
 	r.zones = map[uint32]string{}
@@ -317,26 +343,30 @@ func scope(a netip.Addr) uint32 {
 	return uint32(n)
 }
 
-// sendLong sends one datagram by a socket that exists only for it and is bound
-// to the address that it leaves from.
+// sendLong sends one datagram in fragments: the kernel writes the IP header.
 func (c *packetConn) sendLong(d *flow.Datagram) error {
-	network := "udp4"
+	src, dst := d.Src.Addr().Unmap(), d.Dst.Addr().Unmap()
+	var header [maxHeader]byte
+	n := putHeader(&header, src, dst, d.Src.Port(), d.Dst.Port(), d.Data)
+	whole := append(header[n-headerUDP:n:n], d.Data...)
+	var from []byte
+	var to unix.Sockaddr
 	if c.v6 {
-		network = "udp6"
+		from = unix.PktInfo6(&unix.Inet6Pktinfo{Addr: src.As16()})
+		to = &unix.SockaddrInet6{Addr: dst.As16(), ZoneId: scope(dst)}
+	} else {
+		from = unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: src.As4()})
+		to = &unix.SockaddrInet4{Addr: dst.As4()}
 	}
-	lc := net.ListenConfig{Control: func(network, _ string, rc syscall.RawConn) error {
-		return control(rc, network, c.marks, func(fd int, v6 bool, m Marks) error {
-			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-				return err
-			}
-			return transparent(fd, v6, m)
-		})
-	}}
-	s, err := lc.ListenPacket(context.Background(), network, d.Src.String())
+	raw, err := c.long.SyscallConn()
 	if err != nil {
 		return err
 	}
-	defer s.Close()
-	_, err = s.(*net.UDPConn).WriteToUDPAddrPort(d.Data, d.Dst)
+	if e := raw.Write(func(fd uintptr) bool {
+		err = unix.Sendmsg(int(fd), whole, from, to, 0)
+		return !errors.Is(err, unix.EAGAIN)
+	}); e != nil {
+		return e
+	}
 	return err
 }

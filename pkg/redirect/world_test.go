@@ -85,7 +85,8 @@ func newWorld(t *testing.T) *world {
 		"route add default via 192.0.2.1", "route add default via 2001:db8:2::1",
 		"route add local 203.0.113.0/24 dev lo", "route add local 198.51.100.0/24 dev lo", "route add local 198.18.0.0/15 dev lo",
 		"route add local 2001:db8:a::/48 dev lo", "route add local 2001:db8:b::/48 dev lo", "route add local fd74:7072:6f78::/96 dev lo")
-	w.server.run(`nft -f - <<'N'
+	w.server.run("sysctl -qw net.ipv6.ip_nonlocal_bind=1", // an address of a local route is none of an interface
+		`nft -f - <<'N'
 table inet seen {
 	counter proxied {}
 	counter other {}
@@ -234,7 +235,7 @@ func answerUDP(c flow.PacketConn) {
 			d.Data = append(d.Data[:0], text...)
 			if rest, ok := strings.CutPrefix(text, "dns "+d.Dst.String()+" "+from+" long"); ok {
 				size, _ := strconv.Atoi(strings.TrimSpace(rest))
-				d.Data = make([]byte, size)
+				d.Data = make([]byte, size, max(size, cap(d.Data)))
 			}
 			d.Src, d.Dst = d.Dst, d.Src
 		}
