@@ -157,7 +157,8 @@ func TestBlocks(t *testing.T) {
 	w.leaked()
 }
 
-// A hundred thousand prefixes, all there, and again at a reload.
+// A hundred thousand prefixes, and again at a reload. Apply itself counts that all
+// are there.
 func TestLoad(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -180,9 +181,6 @@ func TestLoad(t *testing.T) {
 			t.Errorf("%d prefixes took %v", len(many), took)
 		}
 		w.works4()
-	}
-	if out := w.gateway.run("nft -j list table inet tproxyd | grep -o '\"prefix\"\\|\"range\"' | wc -l"); len(strings.TrimSpace(out)) < 5 {
-		t.Errorf("the table has only %s ranges", out)
 	}
 }
 

@@ -71,6 +71,9 @@ func TestRemove(t *testing.T) {
 				n := newNetns(t)
 				gatewayLinks(n)
 				n.run(foreign()...)
+				if noOwner { // one half with classifiers, one without
+					n.run("sysctl -qw net.ipv4.conf.all.rp_filter=1")
+				}
 				before := n.state() + n.sysctls()
 				r := n.open(Options{noOwner: noOwner})
 				if err := r.Apply(fullPlan()); err != nil {
