@@ -20,7 +20,7 @@ const resolvConf = "/etc/resolv.conf"
 // were read.
 type Setup struct {
 	Config      *config.Config
-	Table       *routes.Table
+	Table       *routes.Table // nil only from LoadClosed
 	credentials config.Credentials
 	host        hostDNS
 
@@ -56,6 +56,18 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 		diags = append(diags, rulesOfPort53(t)...)
 	}
 	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir}, diags
+}
+
+// LoadClosed reads what CloseTable needs: no credentials, and rules only if
+// they have no error. Without rules everything that enters is refused. The Setup
+// is nil if tproxyd.toml itself has an error.
+func LoadClosed(path string) (*Setup, routes.Diagnostics) {
+	c, diags := config.Load(path)
+	if diags.HasErrors() {
+		return nil, diags
+	}
+	t, more := routes.ParseFile(c.Routes, routes.Options{})
+	return &Setup{Config: c, Table: t}, append(diags, more...)
 }
 
 // rulesOfPort53 warns of rules that no flow can come to (R9): with dns = true

@@ -31,6 +31,9 @@ func kernelPlan(s *Setup, ports redirect.Ports) redirect.Plan {
 		Table:      c.Intercept.Table,
 		Synthetic:  []netip.Prefix{c.DNS.Pool4, c.DNS.Pool6},
 	}
+	if s.Table == nil {
+		return p // no block: everything is denied
+	}
 	for _, srv := range s.Table.FirstHops() {
 		if srv.Addr.IsValid() {
 			p.Servers = append(p.Servers, srv.AddrPort())

@@ -1,0 +1,554 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"runtime/pprof"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/tproxyd/tproxyd/internal/control"
+	"github.com/tproxyd/tproxyd/internal/socksserver"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
+	"github.com/tproxyd/tproxyd/pkg/routes"
+)
+
+const (
+	patience = 10 * time.Second  // how long a test waits for what must come
+	far      = "203.0.113.80:80" // proxied; nobody is there but behind the SOCKS server
+	directAt = "203.0.113.90"    // where direct.example is
+	denied   = "203.0.113.81:80" // denied by rule
+	rules    = "SERVER s %s credential=office\nDENY 203.0.113.81\nSOCKD5 @=s *\n"
+	toml     = "credentials = \"credentials.toml\"\n[intercept]\nlocal = true\n%s\n[dns]\nresolvers = [%q]\n[state]\ndirectory = \"state\"\n[control]\nsocket = \"control.sock\"\n"
+	office   = "[office]\nusername = \"operator\"\npassword = \"" + secret + "\"\n"
+)
+
+// running is a daemon that serves this namespace, in this process.
+type running struct {
+	*Daemon
+	t      testing.TB
+	dir    string
+	log    *buffer
+	hup    chan os.Signal
+	cancel context.CancelFunc
+	ended  chan error // of Run
+	lines  chan string
+	told   *net.UnixConn // what systemd hears
+}
+
+// serve starts a SOCKS server and a daemon that uses it; more is part of
+// [intercept].
+func serve(t testing.TB, more string) *running {
+	t.Helper()
+	dir := write(t, map[string]string{
+		"tproxyd.toml": fmt.Sprintf(toml, more, startResolver(t)), "credentials.toml": office, "socks.cnf": fmt.Sprintf(rules, startSocks(t)), "state/.keep": "",
+	})
+	return serveIn(t, dir)
+}
+
+// serveIn starts a daemon with the files of dir.
+func serveIn(t testing.TB, dir string) *running {
+	t.Helper()
+	r := &running{t: t, dir: dir, log: &buffer{}, hup: make(chan os.Signal), ended: make(chan error, 1), lines: make(chan string, 2)}
+	path := filepath.Join(t.TempDir(), "notify")
+	var err error
+	if r.told, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"}); err != nil {
+		t.Fatal(err)
+	}
+	os.Setenv("NOTIFY_SOCKET", path)
+	setup, diags := Load(filepath.Join(dir, "tproxyd.toml"), "")
+	if diags.HasErrors() {
+		t.Fatal(diags)
+	}
+	if r.Daemon, err = New(setup, slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug}))); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r.cancel = cancel
+	go func() {
+		r.ended <- r.Run(ctx, Signals{Reload: r.hup, Ready: func(line string) { r.lines <- line }})
+	}()
+	t.Cleanup(func() {
+		r.stop()
+		r.told.Close()
+		os.Unsetenv("NOTIFY_SOCKET")
+		if err := redirect.Remove(); err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(r.log.String(), secret) {
+			t.Error("the log tells a secret")
+		}
+		if t.Failed() {
+			t.Logf("log:\n%s", r.log)
+		}
+	})
+	r.hears("READY=1")
+	return r
+}
+
+// stop ends the daemon; again is once.
+func (r *running) stop() {
+	r.t.Helper()
+	if r.cancel == nil {
+		return
+	}
+	r.cancel()
+	r.cancel = nil
+	select {
+	case err := <-r.ended:
+		if err != nil {
+			r.t.Errorf("Run: %v", err)
+		}
+	case <-time.After(patience):
+		r.t.Error("Run does not end with its context")
+		pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
+	}
+}
+
+// hears waits until systemd is told something.
+func (r *running) hears(want string) string {
+	r.t.Helper()
+	r.told.SetReadDeadline(time.Now().Add(patience))
+	b := make([]byte, 4096)
+	n, err := r.told.Read(b)
+	if err != nil || !strings.Contains("\n"+string(b[:n]), "\n"+want) {
+		r.t.Fatalf("systemd heard %q, %v, want %q\n%s", b[:n], err, want, r.log)
+	}
+	return string(b[:n])
+}
+
+// routes writes socks.cnf anew and sends the signal for it; it returns when
+// the daemon says that it is done.
+func (r *running) routes(text string) {
+	r.t.Helper()
+	if err := os.WriteFile(filepath.Join(r.dir, "socks.cnf"), []byte(text), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	r.hup <- syscall.SIGHUP
+	r.hears("RELOADING=1\nMONOTONIC_USEC=")
+	r.hears("READY=1")
+}
+
+// client connects as a program of this host does.
+func client(t testing.TB, to string) (net.Conn, error) {
+	t.Helper()
+	c, err := net.DialTimeout("tcp4", to, patience)
+	if err == nil {
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(patience))
+	}
+	return c, err
+}
+
+// carried fails the test unless a flow gets through to the echo.
+func carried(t testing.TB) net.Conn {
+	t.Helper()
+	c, err := client(t, far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	echoes(t, c)
+	return c
+}
+
+func echoes(t testing.TB, c net.Conn) {
+	t.Helper()
+	b := make([]byte, 5)
+	if _, err := io.WriteString(c, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, b); err != nil || string(b) != "hello" {
+		t.Fatalf("%q, %v", b, err)
+	}
+}
+
+// refused fails the test unless a flow is refused at once.
+func refused(t testing.TB, to string) {
+	t.Helper()
+	began := time.Now()
+	c, err := client(t, to)
+	if err == nil {
+		_, err = c.Read(make([]byte, 1))
+	}
+	if took := time.Since(began); !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) || took > 2*time.Second {
+		t.Errorf("%s: %v after %v, want a refusal at once", to, err, took)
+	}
+}
+
+// kernel is the state of this namespace that a daemon may change.
+func kernel(t testing.TB) string {
+	t.Helper()
+	var all strings.Builder
+	for _, line := range []string{"nft list ruleset", "ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all"} {
+		words := strings.Fields(line)
+		out, err := exec.Command(words[0], words[1:]...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", line, err, out)
+		}
+		all.Write(out)
+	}
+	return all.String()
+}
+
+// startSocks starts a SOCKS server for which every place is an echo.
+func startSocks(t testing.TB) string {
+	t.Helper()
+	echo, socks := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.1:0")
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &socksserver.Server{
+		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, echo.Addr().String())
+		},
+		Auth: func(user, password string) bool { return user == "operator" && password == secret },
+	}
+	var tasks sync.WaitGroup
+	tasks.Go(func() { s.Serve(ctx, socks) })
+	tasks.Go(func() {
+		for {
+			c, err := echo.Accept()
+			if err != nil {
+				return
+			}
+			tasks.Go(func() {
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(2 * patience))
+				io.Copy(c, c)
+			})
+		}
+	})
+	t.Cleanup(func() { cancel(); echo.Close(); tasks.Wait() })
+	return socks.Addr().String()
+}
+
+// startResolver starts a resolver that knows direct.example alone.
+func startResolver(t testing.TB) string {
+	t.Helper()
+	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+		a := new(dns.Msg).SetReply(q)
+		if q.Question[0].Name != "direct.example." {
+			a.Rcode = dns.RcodeNameError
+		} else if q.Question[0].Qtype == dns.TypeA {
+			rr, _ := dns.NewRR("direct.example. 60 IN A " + directAt)
+			a.Answer = append(a.Answer, rr)
+		}
+		w.WriteMsg(a)
+	})}
+	ended := make(chan struct{})
+	go func() { defer close(ended); s.ActivateAndServe() }()
+	t.Cleanup(func() { pc.Close(); <-ended })
+	return pc.LocalAddr().String()
+}
+
+// ask asks a resolver that does not exist for an address of a name.
+func ask(t testing.TB, name string) string {
+	t.Helper()
+	c := dns.Client{Timeout: patience}
+	a, _, err := c.Exchange(new(dns.Msg).SetQuestion(name, dns.TypeA), "203.0.113.53:53")
+	if err != nil || len(a.Answer) != 1 {
+		t.Fatalf("%s: %v, %v", name, a, err)
+	}
+	return a.Answer[0].(*dns.A).A.String()
+}
+
+func listen(t testing.TB, at string) net.Listener {
+	t.Helper()
+	ln, err := net.Listen("tcp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ln
+}
+
+// buffer is a log that can be read while it is written.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// TestRun is a daemon's life: it gets ready, carries and refuses flows, stops
+// and leaves the closed table, which the next one takes over.
+func TestRun(t *testing.T) {
+	before := kernel(t)
+	goroutines := runtime.NumGoroutine()
+	r := serve(t, "")
+	if line := <-r.lines; line != "tproxyd: ready: interfaces [], this host's own flows, 3 rules, 1 servers" {
+		t.Errorf("ready: %q", line)
+	}
+	c := carried(t)
+	refused(t, denied)
+	if s := r.Status(); s.Flows.Live != 1 || s.Flows.Proxied != 1 || s.Kernel.Error != "" || s.Kernel.Diverted.Packets == 0 || s.Rules[1].Flows != 1 {
+		t.Errorf("status: %+v", s)
+	}
+
+	r.stop()
+	r.hears("STOPPING=1")
+	if _, err := c.Read(make([]byte, 1)); err == nil {
+		t.Error("a proxied flow outlives the daemon")
+	}
+	refused(t, far)
+	refused(t, denied)
+	if len(r.lines) != 0 {
+		t.Error("Ready was called twice")
+	}
+
+	second := serveIn(t, r.dir)
+	carried(t).Close()
+	second.stop()
+	refused(t, far)
+	if err := redirect.Remove(); err != nil {
+		t.Fatal(err)
+	}
+	same(t, "the kernel afterwards", before, kernel(t))
+
+	// Three goroutines are the test's, those that serve SOCKS, echo and DNS.
+	for end := time.Now().Add(patience); runtime.NumGoroutine() > goroutines+3; runtime.Gosched() {
+		if time.Now().After(end) {
+			pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
+			t.Fatalf("%d goroutines, there were %d", runtime.NumGoroutine(), goroutines)
+		}
+	}
+}
+
+// TestFailOpen: what is to be open after a normal stop has nothing of ours.
+func TestFailOpen(t *testing.T) {
+	before := kernel(t)
+	r := serve(t, "fail = \"open\"")
+	carried(t).Close()
+	if during := kernel(t); !strings.Contains(during, "tproxyd") {
+		t.Fatalf("no table while it runs:\n%s", during)
+	}
+	r.stop()
+	same(t, "the kernel afterwards", before, kernel(t))
+}
+
+// TestReload: a signal puts new rules in force; a file with an error, or a key
+// that cannot change, changes nothing; proxied flows go on.
+func TestReload(t *testing.T) {
+	r := serve(t, "")
+	c := carried(t)
+	good, err := os.ReadFile(filepath.Join(r.dir, "socks.cnf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.routes("DIRCET *\n")
+	if s := r.Status(); s.Reloads != (reloadCount{Refused: 1}) {
+		t.Errorf("after an error: %+v", s.Reloads)
+	}
+	carried(t).Close()
+	var diags routes.Diagnostics
+	if err := r.Reload(); !errors.As(err, &diags) || diags[0].Code != "E01" {
+		t.Errorf("Reload: %v", err)
+	}
+	r.hears("RELOADING=1")
+	r.hears("READY=1")
+
+	r.routes("TIMEOUT dns=9s\n" + string(good))
+	if s := r.Status(); s.Reloads != (reloadCount{Refused: 3}) || !strings.Contains(r.log.String(), "TIMEOUT dns=; restart") {
+		t.Errorf("after a key that cannot change: %+v", s.Reloads)
+	}
+
+	r.routes("DENY *\n")
+	if s := r.Status(); s.Reloads != (reloadCount{Done: 1, Refused: 3}) || len(s.Rules) != 2 || len(s.Servers) != 0 {
+		t.Errorf("after new rules: %+v", s)
+	}
+	refused(t, far)
+	echoes(t, c)
+
+	r.routes(string(good))
+	echoes(t, carried(t))
+	echoes(t, c)
+}
+
+// TestNames: a name gets an address that stands for it, over restarts too, and
+// a flow to it goes by that name.
+func TestNames(t *testing.T) {
+	r := serve(t, "")
+	at := ask(t, "www.example.org.")
+	if !r.setup.Config.DNS.Pool4.Contains(netip.MustParseAddr(at)) {
+		t.Fatalf("%s is not synthetic", at)
+	}
+	c, err := client(t, at+":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	echoes(t, c)
+	c.Close()
+	r.stop()
+	second := serveIn(t, r.dir)
+	if again := ask(t, "www.example.org."); again != at {
+		t.Errorf("%s after a restart, %s before", again, at)
+	}
+	second.stop()
+	if want := "host=www.example.org"; !strings.Contains(r.log.String(), want) {
+		t.Errorf("no %s in the log", want)
+	}
+}
+
+// TestAdmitted: the addresses of a DIRECT name are let pass, a reload that
+// leaves it DIRECT keeps them, one that does not takes them back (R11).
+func TestAdmitted(t *testing.T) {
+	const direct = "DIRECT direct.example\n"
+	r := serve(t, "")
+	r.routes(direct + "DENY *\n")
+	admitted := func() (list []string) {
+		t.Helper()
+		in, err := r.inForce()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range in {
+			list = append(list, a.Addr.String())
+		}
+		return list
+	}
+	if at := ask(t, "direct.example."); at != directAt {
+		t.Fatalf("direct.example is at %s", at)
+	}
+	same(t, "admitted", []string{directAt}, admitted())
+	r.routes(direct + "DENY *.example.org\nDENY *\n")
+	same(t, "still DIRECT", []string{directAt}, admitted())
+	r.routes("DIRCET *\n")
+	same(t, "after an error", []string{directAt}, admitted())
+	r.routes("DENY *\n")
+	same(t, "no longer DIRECT", []string(nil), admitted())
+}
+
+// TestMetrics: Prometheus accepts them all, and neither they nor the status
+// hold a secret.
+func TestMetrics(t *testing.T) {
+	r := serve(t, "")
+	carried(t).Close()
+	refused(t, denied)
+	answer := httptest.NewRecorder()
+	r.metricsHandler().ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
+	text := answer.Body.String()
+	if answer.Code != 200 {
+		t.Fatalf("%d: %s", answer.Code, text)
+	}
+	seen := map[string]bool{}
+	for _, line := range strings.Split(text, "\n") {
+		if i := strings.LastIndexByte(line, ' '); i > 0 && line[0] != '#' {
+			if seen[line[:i]] {
+				t.Errorf("twice: %s", line)
+			}
+			seen[line[:i]] = true
+		}
+	}
+	for _, want := range []string{
+		`tproxyd_flows_total{action="proxied"} 1`, `tproxyd_flows_total{action="direct"} 0`, `tproxyd_upstream_up{server="s"} 1`,
+		`tproxyd_upstream_flows_total{server="s"} 1`, `tproxyd_reloads_total{result="done"} 0`, `tproxyd_flows_refused_total{reason="loop"} 0`,
+	} {
+		if !strings.Contains("\n"+text, "\n"+want+"\n") {
+			t.Errorf("no %s", want)
+		}
+	}
+	status, err := json.Marshal(r.Status())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, s := range map[string]string{"metrics": text, "status": string(status), "log": r.log.String()} {
+		if strings.Contains(s, secret) || strings.Contains(s, "operator") {
+			t.Errorf("the %s tell a secret:\n%s", name, s)
+		}
+	}
+}
+
+// TestControl: the socket offers what the daemon does.
+func TestControl(t *testing.T) {
+	r := serve(t, "")
+	c := control.NewClient(filepath.Join(r.dir, "control.sock"))
+	b, err := c.Status(t.Context())
+	var s Status
+	if err = errors.Join(err, json.Unmarshal(b, &s)); err != nil || s.Config != filepath.Join(r.dir, "tproxyd.toml") {
+		t.Errorf("status: %v, %s", err, b)
+	}
+	if err := c.Reload(t.Context()); err != nil {
+		t.Errorf("reload: %v", err)
+	}
+	os.WriteFile(filepath.Join(r.dir, "socks.cnf"), []byte("DIRCET *\n"), 0o600)
+	var refused *control.Refused
+	if err := c.Reload(t.Context()); !errors.As(err, &refused) || !strings.Contains(refused.Text, "socks.cnf:1:1: error E01") {
+		t.Errorf("reload of an error: %v", err)
+	}
+	if b, err := c.Metrics(t.Context()); err != nil || !bytes.Contains(b, []byte("tproxyd_flows")) {
+		t.Errorf("metrics: %v, %s", err, b)
+	}
+}
+
+// TestSecond: a second daemon fails and does the first one no harm.
+func TestSecond(t *testing.T) {
+	r := serve(t, "")
+	setup, _ := Load(filepath.Join(r.dir, "tproxyd.toml"), "")
+	if _, err := New(setup, slog.New(slog.DiscardHandler)); !errors.Is(err, redirect.ErrInUse) {
+		t.Errorf("the second: %v, want %v", err, redirect.ErrInUse)
+	}
+	carried(t)
+	if _, err := control.NewClient(filepath.Join(r.dir, "control.sock")).Status(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNewFails: it leaves the kernel as it was, with or without a table. What
+// may stay is a table with nothing in it: that is how it was claimed.
+func TestNewFails(t *testing.T) {
+	taken := listen(t, "127.0.0.1:0")
+	defer taken.Close()
+	dir := write(t, map[string]string{
+		"tproxyd.toml":     fmt.Sprintf(toml, "", "203.0.113.53") + fmt.Sprintf("metrics = %q\n", taken.Addr()),
+		"credentials.toml": office, "socks.cnf": fmt.Sprintf(rules, "127.0.0.1:9"), "state/.keep": "",
+	})
+	setup, diags := Load(filepath.Join(dir, "tproxyd.toml"), "")
+	if diags.HasErrors() {
+		t.Fatal(diags)
+	}
+	defer redirect.Remove()
+	for _, closed := range []bool{false, true} {
+		if closed {
+			if err := CloseTable(setup); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, far)
+		}
+		before := kernel(t)
+		if _, err := New(setup, slog.New(slog.DiscardHandler)); !errors.Is(err, syscall.EADDRINUSE) {
+			t.Errorf("error %v, want EADDRINUSE", err)
+		}
+		after := strings.TrimPrefix(kernel(t), "table inet tproxyd {\n\tflags \n}\n")
+		same(t, fmt.Sprintf("the kernel, closed before: %v", closed), before, after)
+		if _, err := os.Stat(filepath.Join(dir, "control.sock")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the control socket: %v", err)
+		}
+	}
+}
