@@ -68,16 +68,24 @@ func closeCommand(e *env) *cobra.Command {
 		Long: `Put the closed table in place: what the rules send through a SOCKS server and
 port 53 are refused at once, what they make DIRECT by address passes. Meant for
 the time between boot and the daemon; 'tproxyd serve' takes the table over,
-'tproxyd cleanup' removes it.`,
+'tproxyd cleanup' removes it. It needs no credentials. If the rules have an
+error it closes everything, and the exit status is 2.`,
 		Args: cobra.NoArgs,
 	}
 	configFlag(c, &conf)
 	c.RunE = func(*cobra.Command, []string) error {
-		setup, diags := daemon.Load(conf, e.getenv("CREDENTIALS_DIRECTORY"))
-		if err := e.tell(diags); err != nil {
-			return err
+		setup, diags := daemon.LoadClosed(conf)
+		wrong := e.tell(diags)
+		if setup == nil {
+			return wrong
 		}
-		return failed(daemon.CloseTable(setup))
+		if err := daemon.CloseTable(setup); err != nil {
+			return failed(err)
+		}
+		if wrong != nil {
+			fmt.Fprintln(e.stderr, "tproxyd: closed all the same: without rules nothing is DIRECT")
+		}
+		return wrong
 	}
 	return c
 }

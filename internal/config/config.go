@@ -55,7 +55,7 @@ type Intercept struct {
 	DNS        bool     // port 53, UDP and TCP, to whatever resolver it is sent
 	Fail       Fail
 	Mark       redirect.Marks
-	Table      int    // routing table
+	Table      int // routing table
 }
 
 // DNS says how names are answered.

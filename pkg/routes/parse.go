@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -134,16 +135,14 @@ func (l *line) word() (t token, ok bool) {
 
 // directives are the first words of lines, with what reads the rest. Those
 // without a function are read in another way.
-var directives map[string]func(*line, token)
-
-func init() {
-	directives = map[string]func(*line, token){
+func directives() map[string]func(*line, token) {
+	d := map[string]func(*line, token){
 		"INCLUDE":        nil, // by the reader
 		"SERVER":         nil, // before all others
 		"LIST":           nil, // before all others
+		"DEFAULT-SERVER": nil, // before the rules
 		"BALANCE":        (*line).balance,
 		"DEFAULT":        (*line).defaultAction,
-		"DEFAULT-SERVER": nil, // before the rules
 		"PROXY_NAME":     func(l *line, t token) { l.proxyName = l.onlyServers(t) },
 		"RESOLVE":        (*line).resolve,
 		"TIMEOUT":        (*line).timeout,
@@ -153,8 +152,9 @@ func init() {
 		"GSS":            func(l *line, t token) { l.unsupported(t, "GSS") },
 	}
 	for a, w := range actionWords {
-		directives[w] = func(l *line, t token) { l.rule(t, Action(a)) }
+		d[w] = func(l *line, t token) { l.rule(t, Action(a)) }
 	}
+	return d
 }
 
 // foreign are first words of other programs' files.
@@ -181,11 +181,12 @@ func (p *parser) table() (*Table, Diagnostics) {
 			l.defaultServer = l.onlyServers(t)
 		}
 	})
+	known := directives()
 	each(func(l *line, t token, word string) {
-		read, known := directives[word]
+		read, ok := known[word]
 		switch {
-		case !known:
-			l.unknown(t)
+		case !ok:
+			l.unknown(t, slices.Sorted(maps.Keys(known)))
 		case read != nil:
 			read(l, t)
 		}
@@ -200,12 +201,8 @@ func (p *parser) table() (*Table, Diagnostics) {
 	return t, ds
 }
 
-func (l *line) unknown(t token) {
-	words := make([]string, 0, len(directives))
-	for w := range directives {
-		words = append(words, w)
-	}
-	slices.Sort(words) // of two words that are equally near always the same
+// unknown reports a first word that is none of words.
+func (l *line) unknown(t token, words []string) {
 	msg := fmt.Sprintf("unknown directive %q", t.text)
 	if w := closest(t.text, words); w != "" {
 		msg += fmt.Sprintf("; did you mean %s?", w)

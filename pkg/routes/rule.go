@@ -2,6 +2,7 @@ package routes
 
 import (
 	"encoding/hex"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -197,11 +198,7 @@ var optionForms = map[string]string{
 }
 
 func (l *line) unknownOption(t token, key string, hasValue bool) {
-	words := make([]string, 0, len(optionWords))
-	for w := range optionWords {
-		words = append(words, w)
-	}
-	slices.Sort(words)
+	words := slices.Sorted(maps.Keys(optionWords))
 	if w := closest(key, words); w != "" {
 		l.errorf(t, "E29", "unknown option %q; did you mean %s?", t.text, optionForms[w])
 	} else if hasValue {

@@ -1,6 +1,7 @@
 package routes
 
 import (
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -99,11 +100,7 @@ func (l *line) endpoint(t token, action Action) *Server {
 		return s
 	}
 	if !strings.ContainsAny(t.text, ".:[") {
-		names := make([]string, 0, len(l.defined))
-		for n := range l.defined {
-			names = append(names, n)
-		}
-		slices.Sort(names)
+		names := slices.Sorted(maps.Keys(l.defined))
 		known := "there is no SERVER line"
 		if len(names) > 0 {
 			known = "SERVER lines: " + strings.Join(names, ", ")
@@ -122,7 +119,8 @@ func (l *line) endpoint(t token, action Action) *Server {
 // spelled reads HOST, HOST:PORT, [IPV6] or [IPV6]:PORT.
 func (l *line) spelled(t token, port uint16) *Server {
 	s := &Server{Name: t.text, Port: port, File: l.file, Line: t.line, Col: t.col}
-	host, number, hasPort := t.text, "", false
+	var host, number string
+	hasPort := false
 	if strings.HasPrefix(t.text, "[") {
 		inner, rest, closed := strings.Cut(t.text[1:], "]")
 		a, err := netip.ParseAddr(inner)
@@ -131,7 +129,7 @@ func (l *line) spelled(t token, port uint16) *Server {
 			return nil
 		}
 		s.Addr = a.Unmap()
-		host, number, hasPort = "", strings.TrimPrefix(rest, ":"), rest != ""
+		number, hasPort = strings.TrimPrefix(rest, ":"), rest != ""
 	} else if strings.Count(t.text, ":") > 1 {
 		l.errorf(t, "E03", "%q: an IPv6 address of a server stands in brackets, as [2001:db8::1]:1080", t.text)
 		return nil
