@@ -104,6 +104,18 @@ func (q *question) parse(msg []byte, scratch *[256]byte) bool {
 	return false
 }
 
+// serverFailure appends SERVFAIL to b, so that who asked need not wait for a
+// time-out; nil: the message is no plain question.
+func serverFailure(msg []byte, scratch *[256]byte, b []byte) []byte {
+	var q question
+	if !q.parse(msg, scratch) {
+		return nil
+	}
+	b = q.head(b, 0, 0)
+	b[3] |= dns.RcodeServerFailure
+	return q.tail(b)
+}
+
 // head appends the answer's header and question to b.
 func (q *question) head(b []byte, answers, authority int) []byte {
 	start := len(b)

@@ -94,7 +94,7 @@ type Stats struct {
 	Remote    uint64    `json:"remote"`    // answered through a SOCKS server
 	Refused   uint64    `json:"refused"`   // REFUSED or NXDOMAIN, by rule
 	Failed    uint64    `json:"failed"`    // SERVFAIL
-	Dropped   uint64    `json:"dropped"`   // no DNS, or too many at a time
+	Dropped   uint64    `json:"dropped"`   // no DNS, or too many at a time: those get SERVFAIL
 	Pool      PoolStats `json:"pool"`
 }
 
@@ -201,6 +201,7 @@ type udpLoop struct {
 // the file and one to the network, the rest by and by.
 func (u *udpLoop) serve(ctx context.Context, ds []flow.Datagram) {
 	u.out = u.out[:0]
+	busy := 0
 	p := u.s.pool
 	p.mu.Lock()
 	for i := range ds {
@@ -209,12 +210,19 @@ func (u *udpLoop) serve(ctx context.Context, ds []flow.Datagram) {
 			u.out = append(u.out, flow.Datagram{Data: b, Src: d.Dst, Dst: d.Src})
 			continue
 		}
-		u.later(ctx, d)
+		if u.later(ctx, d) {
+			continue
+		}
+		u.s.count.dropped.Add(1)
+		if b := serverFailure(d.Data, &u.name, u.bufs[i][:0]); b != nil {
+			u.out = append(u.out, flow.Datagram{Data: b, Src: d.Dst, Dst: d.Src})
+			busy++
+		}
 	}
 	p.flush()
 	p.mu.Unlock()
 	if len(u.out) > 0 {
-		u.s.count.synthetic.Add(uint64(len(u.out)))
+		u.s.count.synthetic.Add(uint64(len(u.out) - busy))
 		u.write(u.out)
 	}
 }
@@ -265,14 +273,14 @@ func (s *Server) hot(d *flow.Datagram, scratch *[256]byte, b []byte) []byte {
 	return q.nodata(b, s.ttl)
 }
 
-// later answers a question on a goroutine of its own.
-func (u *udpLoop) later(ctx context.Context, d *flow.Datagram) {
+// later answers a question on a goroutine of its own. False: there are too
+// many already.
+func (u *udpLoop) later(ctx context.Context, d *flow.Datagram) bool {
 	s := u.s
 	select {
 	case s.slow <- struct{}{}:
 	default:
-		s.count.dropped.Add(1)
-		return
+		return false
 	}
 	msg := append([]byte(nil), d.Data...)
 	src, dst, ifindex := d.Src, d.Dst, d.IfIndex
@@ -282,6 +290,7 @@ func (u *udpLoop) later(ctx context.Context, d *flow.Datagram) {
 			u.write([]flow.Datagram{{Data: b, Src: dst, Dst: src}})
 		}
 	})
+	return true
 }
 
 // answer returns the answer to a message, nil if it deserves none.

@@ -211,3 +211,26 @@ func TestServeStream(t *testing.T) {
 	half.Close()
 	ask(t, "tcp", addr, new(dns.Msg).SetQuestion("a.syn.", dns.TypeA))
 }
+
+// TestServeTooMany: who asks when too many questions are under way hears so at
+// once, and what is answered from the table is not held up.
+func TestServeTooMany(t *testing.T) {
+	s := newServer(t, Options{})
+	for range maxSlow {
+		s.slow <- struct{}{}
+	}
+	addr := start(t, s, plain)["udp"]
+	edns := new(dns.Msg).SetQuestion("a.real.", dns.TypeA)
+	edns.SetEdns0(1232, true)
+	for want, req := range map[string]*dns.Msg{
+		"SERVFAIL": new(dns.Msg).SetQuestion("a.REAL.", dns.TypeA), "SERVFAIL ": edns,
+		"NOERROR": new(dns.Msg).SetQuestion("a.proxied.", dns.TypeA),
+	} {
+		if got := dns.RcodeToString[ask(t, "udp", addr, req).Rcode]; got != strings.TrimSpace(want) {
+			t.Errorf("%v: %s, want %s", req.Question, got, want)
+		}
+	}
+	if st := s.Stats(); st.Dropped != 2 || st.Synthetic != 1 {
+		t.Errorf("%+v", st)
+	}
+}
