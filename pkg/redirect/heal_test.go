@@ -3,7 +3,6 @@ package redirect
 import (
 	"context"
 	"fmt"
-	"net"
 	"regexp"
 	"strings"
 	"testing"
