@@ -38,12 +38,8 @@ type world struct {
 // proxied, direct and the others are destinations behind the server.
 var (
 	proxied4 = "203.0.113.5"
-	direct4  = "198.51.100.5"
-	denied4  = "198.51.100.200"
 	byName4  = "203.0.113.77" // proxied as long as nobody admits it
 	proxied6 = "2001:db8:a::5"
-	direct6  = "2001:db8:b::5"
-	denied6  = "2001:db8:b:ffff::1"
 	byName6  = "2001:db8:a::77"
 )
 
