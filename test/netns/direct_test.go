@@ -279,9 +279,9 @@ func TestDirectByName(t *testing.T) {
 	if _, err := io.ReadFull(c, make([]byte, 5)); err != nil {
 		t.Fatalf("after a reload that changes nothing: %v", err)
 	}
-	w.observe(t)
 	d.routes(t, "DEFAULT DENY\n")
 	d.reload(t)
+	w.observe(t) // not earlier: the last echo's acknowledgement may be late
 	c.Write([]byte("hello"))
 	if _, err := io.ReadFull(c, make([]byte, 5)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a flow that is no longer DIRECT: %v, want a reset", err)

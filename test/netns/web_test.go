@@ -98,9 +98,10 @@ func (p page) fetched(t testing.TB, from ...string) page {
 // refused fails the test unless curl failed at once, by a refusal or a reset.
 func (p page) refused(t testing.TB) page {
 	t.Helper()
-	// 7: cannot connect, 35: TLS connect error, 52: empty reply, 56: reset.
+	// 7: cannot connect, 35: TLS connect error, 52: empty reply, 55 and 56:
+	// reset while sending and receiving.
 	switch p.code {
-	case 7, 35, 52, 56:
+	case 7, 35, 52, 55, 56:
 	default:
 		t.Fatalf("%s: exit %d, want a refusal\n%s%s", strings.Join(p.args, " "), p.code, p.out, p.result.err)
 	}
