@@ -134,15 +134,15 @@ func (r *running) hears(want string) string {
 }
 
 // routes writes socks.cnf anew and sends the signal for it; it returns when
-// the daemon says that it is done.
-func (r *running) routes(text string) {
+// the daemon tells systemd that it is done, and what.
+func (r *running) routes(text string) string {
 	r.t.Helper()
 	if err := os.WriteFile(filepath.Join(r.dir, "socks.cnf"), []byte(text), 0o600); err != nil {
 		r.t.Fatal(err)
 	}
 	r.hup <- syscall.SIGHUP
 	r.hears("RELOADING=1\nMONOTONIC_USEC=")
-	r.hears("READY=1")
+	return r.hears("READY=1")
 }
 
 // client connects as a program of this host does.
@@ -195,7 +195,7 @@ func refused(t testing.TB, to string) {
 func kernel(t testing.TB) string {
 	t.Helper()
 	var all strings.Builder
-	for _, line := range []string{"nft list ruleset", "ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all"} {
+	for _, line := range []string{"nft -s list ruleset", "ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all"} {
 		words := strings.Fields(line)
 		out, err := exec.Command(words[0], words[1:]...).CombinedOutput()
 		if err != nil {
@@ -379,7 +379,9 @@ func TestReload(t *testing.T) {
 		t.Errorf("after a key that cannot change: %+v", s.Reloads)
 	}
 
-	r.routes("DENY *\n")
+	if line := r.routes("DENY *\n"); !strings.HasSuffix(line, ", 2 rules, 0 servers") {
+		t.Errorf("systemd heard %q", line)
+	}
 	if s := r.Status(); s.Reloads != (reloadCount{Done: 1, Refused: 3}) || len(s.Rules) != 2 || len(s.Servers) != 0 {
 		t.Errorf("after new rules: %+v", s)
 	}
