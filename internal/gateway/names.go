@@ -158,8 +158,11 @@ func (g *Gateway) DialRemote(ctx context.Context, name string, a fakedns.Asker, 
 }
 
 func (p *Plan) carrier(name string, client flow.Flow) ([]*upstream.Server, bool) {
-	if r := p.table.CarrierRule(name, client); r != nil {
+	switch r, denied := p.table.CarrierRule(name, client); {
+	case r != nil:
 		return p.servers[r.Index], r.Balance == routes.Random
+	case denied:
+		return nil, false
 	}
 	return p.proxy, false
 }

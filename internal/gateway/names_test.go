@@ -243,7 +243,9 @@ func TestDialRemote(t *testing.T) {
 		{"its rule, in any order", "BALANCE\nSOCKD5 @=a,b *.example.org\nSOCKD5 @=c *", asker("10.0.0.1", 1), []string{"a", "b"}, true},
 		{"the rule of its client", "SOCKD5 @=a * if=guest\nSOCKD5 @=c *", asker("10.0.0.1", 2), []string{"a"}, false},
 		{"the rule before PROXY_NAME", "PROXY_NAME @=b\nSOCKD5 @=c *", asker("10.0.0.1", 1), []string{"c"}, false},
-		{"PROXY_NAME", "PROXY_NAME @=b,a\nSOCKD5 @=c *.example.net\nDENY *", asker("10.0.0.1", 1), []string{"b", "a"}, false},
+		{"PROXY_NAME", "PROXY_NAME @=b,a\nSOCKD5 @=c *.example.net\nDIRECT *", asker("10.0.0.1", 1), []string{"b", "a"}, false},
+		{"nobody for a denied name", "PROXY_NAME @=b,a\nSOCKD5 @=c *.example.net\nDENY *", asker("10.0.0.1", 1), nil, false},
+		{"nobody for who is denied it", "DENY *.example.org if=guest\nSOCKD5 @=c *", asker("10.0.0.1", 2), nil, false},
 		{"nobody", "SOCKD5 @=c *.example.net\nDENY *", asker("10.0.0.1", 1), nil, false},
 	}
 	for _, tt := range tests {

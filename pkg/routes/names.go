@@ -321,12 +321,13 @@ func forClient(rules []*Rule, client *flow.Flow) []*Rule {
 }
 
 // CarrierRule returns the first rule with servers that a flow of the client to
-// the name can match on any port (R5); nil: there is none.
-func (t *Table) CarrierRule(name string, client flow.Flow) *Rule {
-	for _, r := range t.candidates(name) {
-		if r.Action.proxied() && r.matchesClient(&client) {
-			return r
-		}
+// the name can match on any port (R5); nil: there is none. Denied tells that
+// every rule that it can match is DENY, so that nobody is to hear of the name
+// (R4).
+func (t *Table) CarrierRule(name string, client flow.Flow) (r *Rule, denied bool) {
+	rules := forClient(t.candidates(name), &client)
+	if i := slices.IndexFunc(rules, func(r *Rule) bool { return r.Action.proxied() }); i >= 0 {
+		return rules[i], false
 	}
-	return nil
+	return nil, !slices.ContainsFunc(rules, func(r *Rule) bool { return r.Action != Deny })
 }

@@ -127,12 +127,17 @@ func TestCarrierRule(t *testing.T) {
 	table := mustParse(t, "DENY *.example.org eq 25", "SOCKD5 @=192.0.2.1 *.example.org src=10.7.0.0/16", "SOCKD5 @=192.0.2.2 *.example.org eq 80", "DIRECT *")
 	from := func(src string) flow.Flow { return flow.Flow{Src: netip.AddrPortFrom(netip.MustParseAddr(src), 0)} }
 	for src, want := range map[string]string{"10.7.0.1": "192.0.2.1", "10.8.0.1": "192.0.2.2"} {
-		if r := table.CarrierRule("www.example.org", from(src)); r == nil || r.Servers[0].String() != want {
-			t.Errorf("%s: %v, want %s", src, r, want)
+		if r, denied := table.CarrierRule("www.example.org", from(src)); r == nil || r.Servers[0].String() != want || denied {
+			t.Errorf("%s: %v, %v, want %s", src, r, denied, want)
 		}
 	}
-	if r := table.CarrierRule("www.example.net", from("10.7.0.1")); r != nil {
-		t.Error(r)
+	if r, denied := table.CarrierRule("www.example.net", from("10.7.0.1")); r != nil || denied {
+		t.Error(r, denied)
+	}
+	// Who is denied the name has nobody asked for it, whoever else is served.
+	table = mustParse(t, "DENY *.example.org src=10.7.0.0/16", "SOCKD5 @=192.0.2.1 *")
+	if r, denied := table.CarrierRule("www.example.org", from("10.7.0.1")); r != nil || !denied {
+		t.Error(r, denied)
 	}
 }
 
