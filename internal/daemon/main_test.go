@@ -53,6 +53,10 @@ func network() error {
 	if err != nil {
 		return err
 	}
+	// No link-local address shall turn up in the middle of a test.
+	if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0); err != nil {
+		return err
+	}
 	wan := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "wan0"}, PeerName: "nobody"}
 	if err := errors.Join(netlink.LinkSetUp(lo), netlink.LinkAdd(wan)); err != nil {
 		return err
