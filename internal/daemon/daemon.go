@@ -249,5 +249,7 @@ func CloseTable(setup *Setup) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(k.Apply(kernelPlan(setup, redirect.Ports{})), k.Close(true))
+	p := kernelPlan(setup, redirect.Ports{})
+	p.Readmit = setup.readmitAtStart() // what other rules let pass by name is not let pass any longer
+	return errors.Join(k.Apply(p), k.Close(true))
 }

@@ -23,6 +23,9 @@ func (s *Setup) decidedBy() string {
 // readmitAtStart returns what Plan.Readmit shall be for the first plan: nil, so
 // that everything is kept, or nothing.
 func (s *Setup) readmitAtStart() []redirect.Admission {
+	if s.Table == nil {
+		return []redirect.Admission{}
+	}
 	b, err := os.ReadFile(filepath.Join(s.Config.State.Directory, decidedFile))
 	if err == nil && string(b) == s.decidedBy() {
 		return nil

@@ -67,7 +67,7 @@ func LoadClosed(path string) (*Setup, routes.Diagnostics) {
 		return nil, diags
 	}
 	t, more := routes.ParseFile(c.Routes, routes.Options{})
-	return &Setup{Config: c, Table: t}, append(diags, more...)
+	return &Setup{Config: c, Table: t, host: readHostDNS(resolvConf)}, append(diags, more...)
 }
 
 // rulesOfPort53 warns of rules that no flow can come to (R9): with dns = true
