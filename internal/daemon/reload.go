@@ -46,17 +46,20 @@ func (d *Daemon) reload() error {
 	}
 	d.admitting.Lock()
 	defer d.admitting.Unlock()
-	inForce, err := d.inForce()
-	if err != nil {
-		return err
+	kernel := kernelPlan(next, d.ports())
+	if next.decidedBy() != d.setup.decidedBy() { // else it all stays, what a daemon before this one let pass too
+		inForce, err := d.inForce()
+		if err != nil {
+			return err
+		}
+		kernel.Readmit = toKernel(d.gateway.Readmit(plan, inForce))
 	}
 	old := d.gateway.Plan()
 	d.setup.forgetDecided()
 	d.follow(next, func() { d.gateway.Swap(plan) })
-	kernel := kernelPlan(next, d.ports())
-	kernel.Readmit = toKernel(d.gateway.Readmit(plan, inForce))
 	if err := d.kernel.Apply(kernel); err != nil {
 		d.follow(d.setup, func() { d.gateway.Swap(old) })
+		d.noteDecided(d.setup)
 		return err
 	}
 	d.setup = next
