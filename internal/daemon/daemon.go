@@ -65,7 +65,7 @@ type reloadCount struct {
 }
 
 // New brings up everything of setup but the serving itself: what can fail
-// fails here, and then nothing is in force that was not before.
+// fails here, and then nothing is left behind that was not there before.
 func New(setup *Setup, log *slog.Logger) (*Daemon, error) {
 	d := &Daemon{log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark}
 	if err := d.open(); err != nil {
@@ -123,6 +123,7 @@ func (d *Daemon) open() (err error) {
 		Dial:      d.dial,
 		Resolve:   d.names.Resolve,
 		Interface: d.inboundInterface,
+		Gone:      gone,
 		Index:     d.kernel.InterfaceName,
 		Own:       d.ownListener,
 		Admit:     func(list []gateway.Admission) error { return d.kernel.Admit(toKernel(list)) },

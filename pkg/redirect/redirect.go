@@ -42,6 +42,7 @@ type Redirect struct {
 	plan     *Plan        // what is in force; nil: nothing of ours
 	admitted admissions
 	healed   Healed
+	made     bool // there was no table before Open
 	closed   bool
 }
 
@@ -88,8 +89,10 @@ func (r *Redirect) claim(noOwner bool) error {
 		if err == nil && info.flags&(flagOwner|flagPersist) == 0 {
 			return r.claimLock() // somebody without owner flags may be alive
 		}
+		exists := err == nil
 		switch err = r.nf.commit([]netlink.Message{newTableMessage(flagOwner | flagPersist)}); {
 		case err == nil:
+			r.made = !exists
 			return nil
 		case errors.Is(err, unix.EPERM) && info.flags&flagOwner != 0:
 			return ErrInUse
@@ -111,7 +114,7 @@ func (r *Redirect) claimLock() (err error) {
 // Apply makes the kernel do what the plan says, from whatever it does, and may
 // be called as often as one likes. The routing comes first and its guard last,
 // the table in between: its sets, and then all of its rules in one transaction.
-// With an error the table is what it was.
+// With an error the table is what it was. If lo is down it is brought up.
 func (r *Redirect) Apply(p Plan) error {
 	if err := p.check(); err != nil {
 		return err
@@ -125,6 +128,9 @@ func (r *Redirect) Apply(p Plan) error {
 }
 
 func (r *Redirect) apply(p *Plan) error {
+	if err := r.policy.loUp(); err != nil {
+		return err
+	}
 	if _, err := r.policy.ensure(p, divertRules); err != nil {
 		return err
 	}
@@ -298,7 +304,8 @@ func (r *Redirect) verify(t *table) error {
 
 // Close ends the hold on the kernel. With keep the closed form of the plan in
 // force stays behind, for the next Open or for Remove: what may pass does, all
-// else is refused. Without keep everything of ours is removed.
+// else is refused; if nothing was applied, what was there before Open. Without
+// keep everything of ours is removed.
 func (r *Redirect) Close(keep bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -309,6 +316,8 @@ func (r *Redirect) Close(keep bool) error {
 	switch {
 	case !keep:
 		err = remove(r.nf, r.policy)
+	case r.plan == nil && r.made:
+		err = r.nf.commit([]netlink.Message{deleteTable()})
 	case r.plan != nil:
 		closed := r.plan.Closed()
 		err = r.apply(&closed)

@@ -162,6 +162,22 @@ func (p *policy) ensure(plan *Plan, only func(pref int) bool) (m missing, err er
 	return m, nil
 }
 
+// loUp brings lo up: what is diverted is routed to it, and at boot or in a new
+// namespace it can still be down.
+func (p *policy) loUp() error {
+	lo, err := p.h.LinkByIndex(loIndex)
+	if err != nil {
+		return fmt.Errorf("redirect: lo: %w", err)
+	}
+	if lo.Attrs().Flags&net.FlagUp != 0 {
+		return nil
+	}
+	if err := p.h.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("redirect: lo is down and cannot be brought up: %w", err)
+	}
+	return nil
+}
+
 // noFamily says that the host has no IPv6 at all, so that nothing of it can
 // leave either.
 func noFamily(err error) bool {

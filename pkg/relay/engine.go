@@ -70,10 +70,11 @@ type Engine struct {
 
 	spare spareFD
 
+	entering sync.Mutex // makes a Serve that begins either be waited for or see closed
 	closed   atomic.Bool
 	ctx      context.Context // of the engine itself: ends with Close; ends the clock and Serve
 	cancel   context.CancelFunc
-	handlers sync.WaitGroup
+	handlers sync.WaitGroup // and Serves, so that it never leaves zero while Close waits
 	flows    sync.WaitGroup // streams whose Done has not returned
 	routines sync.WaitGroup // loops and the clock
 }
@@ -139,7 +140,10 @@ func New(o Options) (*Engine, error) {
 // Done and for the loops; it must not be called from one of them. Only the
 // first call does anything.
 func (e *Engine) Close() error {
-	if e.closed.Swap(true) {
+	e.entering.Lock()
+	again := e.closed.Swap(true)
+	e.entering.Unlock()
+	if again {
 		return nil
 	}
 	e.cancel()
@@ -163,6 +167,18 @@ func (e *Engine) Close() error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// enter begins a Serve, which ends with handlers.Done. False: the engine is
+// closed.
+func (e *Engine) enter() bool {
+	e.entering.Lock()
+	defer e.entering.Unlock()
+	if e.closed.Load() {
+		return false
+	}
+	e.handlers.Add(1)
+	return true
 }
 
 func (e *Engine) waitHandlers(done chan<- struct{}) {

@@ -26,6 +26,10 @@ const acceptPause = 10 * time.Millisecond
 // descriptor, so ln stays open and usable, and closing ln does not end Serve.
 // It sets TCP_NODELAY on the listening socket, which accepted ones inherit.
 func (e *Engine) Serve(ctx context.Context, ln *net.TCPListener, handle func(c *Conn)) error {
+	if !e.enter() {
+		return net.ErrClosed
+	}
+	defer e.handlers.Done()
 	f, nodelay, err := duplicate(ln)
 	if err != nil {
 		return &net.OpError{Op: "accept", Net: "tcp", Addr: ln.Addr(), Err: err}

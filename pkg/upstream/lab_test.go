@@ -68,6 +68,11 @@ func replies(rep byte) behaviour {
 	return says("\x05\x00", "\x05"+string([]byte{rep})+"\x00\x01\x00\x00\x00\x00\x00\x00")
 }
 
+// exhausted is this host without a descriptor.
+func exhausted(context.Context) (net.Conn, error) {
+	return nil, &net.OpError{Op: "dial", Err: syscall.EMFILE}
+}
+
 func refuses(context.Context) (net.Conn, error) { return nil, syscall.ECONNREFUSED }
 
 func hangs(ctx context.Context) (net.Conn, error) {

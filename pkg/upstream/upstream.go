@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -306,6 +307,7 @@ type verdict uint8
 const (
 	fault       verdict = iota // the server's: ask the next, remember it
 	incapable                  // the server cannot do this: ask the next
+	ours                       // this host's own: ask the next, nothing is known of the server
 	destination                // nobody else will do better
 )
 
@@ -315,6 +317,12 @@ const (
 func judge(err error) verdict {
 	if errors.Is(err, socks.ErrTooLong) {
 		return incapable // nothing was said to it
+	}
+	// No descriptor, no memory, no port left.
+	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
+		if errors.Is(err, e) {
+			return ours
+		}
 	}
 	var r socks.Reply
 	if !errors.As(err, &r) {
