@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -13,6 +14,7 @@ import (
 	"github.com/tproxyd/tproxyd/pkg/relay"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 	"github.com/tproxyd/tproxyd/pkg/upstream"
+	"golang.org/x/sys/unix"
 )
 
 // This file joins the rooms, which do not know one another: what one of them
@@ -138,21 +140,46 @@ func (d *Daemon) dialMarked(ctx context.Context, network, addr string) (net.Conn
 }
 
 // inboundInterface returns the name of the interface that a flow entered by;
-// empty: it is this host's own, or nobody knows, or no rule asks.
-func (d *Daemon) inboundInterface(c *relay.Conn) string {
+// empty: it is this host's own, or it is not wanted.
+func (d *Daemon) inboundInterface(c *relay.Conn, wanted bool) (name string, err error) {
 	local, remote := c.LocalAddrPort().Addr().Unmap(), c.RemoteAddrPort().Addr().Unmap()
-	if local.Is4() && !d.gateway.Plan().Table().UsesInterfaces() {
-		return "" // an IPv6 socket must be asked, it keeps packets until then
+	if local.Is4() && !wanted {
+		return "", nil // an IPv6 socket must be asked, it keeps packets until then
 	}
 	index := 0
-	if err := c.Control(func(fd int) (err error) {
+	err = c.Control(func(fd int) (err error) {
 		index, err = redirect.InboundInterface(fd, local, remote)
 		return err
-	}); err != nil {
-		d.log.Debug("the interface of a flow", "err", err)
-		return ""
+	})
+	if !wanted {
+		return "", nil
 	}
-	return d.kernel.InterfaceName(index)
+	if err == nil {
+		name, err = d.interfaceName(index)
+	}
+	return name, err
+}
+
+// interfaceName returns the name of an interface by its index; empty: lo, by
+// which this host's own flows come in. One that is gone is an error.
+func (d *Daemon) interfaceName(index int) (string, error) {
+	const lo = 1 // in every network namespace
+	name := d.kernel.InterfaceName(index)
+	if name == "" && index != lo {
+		return "", fmt.Errorf("daemon: no interface has the index %d any longer", index)
+	}
+	return name, nil
+}
+
+// gone tells whether a connection was reset by its peer, or closed here.
+func gone(c *relay.Conn) bool {
+	closed := false
+	err := c.Control(func(fd int) error {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.SOL_TCP, unix.TCP_INFO)
+		closed = err == nil && info.State == unix.BPF_TCP_CLOSE
+		return err
+	})
+	return closed || err != nil
 }
 
 // ports are where the kernel diverts to.

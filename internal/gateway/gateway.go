@@ -51,7 +51,8 @@ type Options struct {
 	Engine    *relay.Engine
 	Dial      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) // DIRECT, from this host, by the Engine
 	Resolve   func(ctx context.Context, name string) ([]netip.Addr, error)   // for DIRECT by name
-	Interface func(*relay.Conn) string                                       // where it entered; empty: this host's own flow
+	Interface func(c *relay.Conn, wanted bool) (string, error)               // where it entered; empty: this host's own flow, or not wanted
+	Gone      func(*relay.Conn) bool                                         // has its peer reset it, or was it closed here?
 	Index     func(ifindex int) string                                       // name of an interface; empty: this host's own
 	Own       func(netip.AddrPort) bool                                      // is it a listener of ours?
 	Admit     func([]Admission) error                                        // into the kernel's DIRECT set, before it returns
@@ -96,19 +97,26 @@ func (g *Gateway) Plan() *Plan { return g.plan.Load() }
 
 // Errors that end a flow before a server is asked.
 var (
-	errLoop    = errors.New("gateway: the flow is for a listener of our own")
+	errLoop    = errors.New("gateway: the flow would lead to this host itself")
 	errUnowned = errors.New("gateway: no name owns this synthetic address")
 	errDenied  = errors.New("gateway: denied")
+	errLeft    = errors.New("gateway: the client left before a server answered")
 )
 
 // Handle carries one accepted connection, whose local address is where the
 // client wanted to go. It owns c and returns when the flow runs by itself or
 // has been refused with a reset.
 func (g *Gateway) Handle(c *relay.Conn) {
-	l := &live{g: g, start: time.Now()}
-	l.flow = flow.Flow{Network: flow.TCP, Src: unmap(c.RemoteAddrPort()), Dst: unmap(c.LocalAddrPort()), InIf: g.o.Interface(c)}
-	server, err := g.connect(l)
+	l := &live{g: g, plan: g.plan.Load(), start: time.Now()}
+	l.flow = flow.Flow{Network: flow.TCP, Src: unmap(c.RemoteAddrPort()), Dst: unmap(c.LocalAddrPort())}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	defer time.AfterFunc(leaveCheck, func() { g.watch(ctx, c, cancel) }).Stop()
+	server, err := g.connect(ctx, l, c)
 	if err != nil {
+		if ctx.Err() != nil {
+			err = errLeft
+		}
 		c.Reset()
 		g.refused(l, err)
 		return
@@ -116,13 +124,34 @@ func (g *Gateway) Handle(c *relay.Conn) {
 	g.join(l, c, server)
 }
 
+// leaveCheck is how often a flow that waits for its server looks whether
+// there still is a client.
+const leaveCheck = time.Second
+
+// watch calls leave when c's client is gone, so that no server is kept busy for
+// nobody, nor the end of the daemon. A client that only sent its FIN is there.
+func (g *Gateway) watch(ctx context.Context, c *relay.Conn, leave func()) {
+	for !g.o.Gone(c) {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(leaveCheck):
+		}
+	}
+	leave()
+}
+
 // connect decides the flow and returns the connection that serves it.
-func (g *Gateway) connect(l *live) (net.Conn, error) {
-	p := g.plan.Load()
-	l.plan = p
+func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net.Conn, err error) {
+	p := l.plan
 	f := &l.flow
 	if g.o.Own(f.Dst) {
 		return nil, errLoop
+	}
+	// Without the answer a rule for the interface would be passed over, and the
+	// next one could be DIRECT.
+	if f.InIf, err = g.o.Interface(c, p.table.UsesInterfaces()); err != nil {
+		return nil, err
 	}
 	if g.o.Names.Contains(f.Dst.Addr()) {
 		name, ok := g.o.Names.Lookup(f.Dst.Addr())
@@ -135,7 +164,6 @@ func (g *Gateway) connect(l *live) (net.Conn, error) {
 	}
 	l.rule = p.table.Match(*f)
 	p.hits[l.rule.Index].Add(1)
-	ctx := context.Background()
 	switch l.rule.Action {
 	case routes.Deny:
 		return nil, errDenied
@@ -144,8 +172,7 @@ func (g *Gateway) connect(l *live) (net.Conn, error) {
 		defer cancel()
 		return g.direct(ctx, f)
 	}
-	conn, via, err := g.o.Upstream.Connect(ctx, p.servers[l.rule.Index], l.rule.Balance == routes.Random, f.Target())
-	l.via = via
+	conn, l.via, err = g.o.Upstream.Connect(ctx, p.servers[l.rule.Index], l.rule.Balance == routes.Random, f.Target())
 	return conn, err
 }
 
@@ -162,7 +189,8 @@ func (g *Gateway) direct(ctx context.Context, f *flow.Flow) (net.Conn, error) {
 	err = fmt.Errorf("gateway: %s has no address", f.Name)
 	for _, a := range addrs {
 		to := netip.AddrPortFrom(a, f.Dst.Port())
-		if g.o.Own(to) || g.o.Names.Contains(a) {
+		// A name must not open what this host offers to itself alone.
+		if g.o.Own(to) || g.o.Names.Contains(a) || a.IsLoopback() || a.IsUnspecified() {
 			err = errLoop
 			continue
 		}
@@ -196,9 +224,11 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 	}
 }
 
-// stillDirect tells whether the plan in force makes a flow DIRECT.
+// stillDirect tells whether the plan in force makes a flow DIRECT. It does not
+// if it asks for an interface that nobody wanted to know when the flow came.
 func (g *Gateway) stillDirect(l *live) bool {
-	return g.plan.Load().table.Match(l.flow).Action == routes.Direct
+	t := g.plan.Load().table
+	return (l.plan.table.UsesInterfaces() || !t.UsesInterfaces()) && t.Match(l.flow).Action == routes.Direct
 }
 
 // done is called once, when both connections of the flow are closed.

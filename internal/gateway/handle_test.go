@@ -2,7 +2,9 @@ package gateway_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -60,7 +62,7 @@ func TestHandle(t *testing.T) {
 			log: map[string]string{"rule": "^socks.cnf:1$", "host": "^www.example.org$"}},
 		{name: "no name owns it", rules: "DIRECT *", dst: "127.198.9.9", refused: "unowned", log: map[string]string{"err": "no name owns"}},
 		{name: "loop", rules: "DIRECT *", dst: realAt, refused: "loop",
-			prepare: func(l *lab) { l.own = netip.MustParseAddr(realAt) }, log: map[string]string{"err": "listener of our own"}},
+			prepare: func(l *lab) { l.own = netip.MustParseAddr(realAt) }, log: map[string]string{"err": "this host itself"}},
 
 		{name: "direct", rules: "DIRECT *", dst: realAt, dials: addrs(realAt), log: map[string]string{"action": "^DIRECT$", "rule": "^socks.cnf:1$"}},
 		{name: "direct, nobody there", rules: "DIRECT *", dst: realAt, dials: addrs(realAt), refused: "upstream",
@@ -90,6 +92,9 @@ func TestHandle(t *testing.T) {
 				resolvesTo("127.0.0.5", "127.198.0.8", "192.0.2.1")(l)
 				l.own = netip.MustParseAddr("127.0.0.5")
 			}},
+		{name: "direct by name, to what this host offers to itself", rules: "DIRECT *", dst: wwwAt, prepare: resolvesTo("127.0.0.1", "::1", "0.0.0.0", "::"), refused: "loop"},
+		{name: "nobody knows the interface that a rule asks for", rules: named + "SOCKD5 @=far * if=guest\nDIRECT *", dst: realAt, refused: "upstream",
+			prepare: func(l *lab) { l.interfaceError = errors.New("no such interface") }, log: map[string]string{"err": "no such interface"}},
 
 		{name: "proxied by address", rules: named + "SOCKD5 @=far *", dst: realAt, request: realAt,
 			log: map[string]string{"upstream": "^far$", "action": "^SOCKD5$", "rule": "^socks.cnf:2$", "up": "^5$", "down": "^5$"}},
@@ -141,7 +146,7 @@ func TestHandle(t *testing.T) {
 			if s := l.log.String(); strings.Contains(s, secret) || strings.Contains(s, username) {
 				t.Errorf("the log tells a secret: %s", s)
 			}
-			want := gateway.Stats{Refused: map[string]uint64{"denied": 0, "unowned": 0, "loop": 0, "reply": 0, "upstream": 0}}
+			want := gateway.Stats{Refused: map[string]uint64{"denied": 0, "unowned": 0, "loop": 0, "reply": 0, "upstream": 0, "left": 0}}
 			switch {
 			case tt.refused != "":
 				want.Refused[tt.refused] = 1
@@ -222,6 +227,7 @@ func TestSwap(t *testing.T) {
 		{"proxied", "SERVER other $S\nSOCKD5 @=other *", true, true},
 		{"the name alone denied", "DENY www.example.org\nDIRECT *", false, true},
 		{"the address alone denied", "DENY 127.20.0.0/16\nDIRECT *", true, false},
+		{"proxied by an interface that was not asked for", "SERVER other $S\nSOCKD5 @=other * if=lan0\nDIRECT *", true, true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -322,6 +328,31 @@ func TestLimits(t *testing.T) {
 				t.Errorf("log: %v", line)
 			}
 		})
+	}
+}
+
+// TestLeft: who leaves before the server has answered keeps no server.
+func TestLeft(t *testing.T) {
+	silent := listen(t, "127.0.0.1:0")
+	defer silent.Close()
+	l := newLab(t, slog.LevelDebug, socksserver.Fault{}, "SOCKD5 @="+silent.Addr().String()+" *")
+	c := l.connect(realAt)
+	server, err := silent.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	server.SetDeadline(time.Now().Add(patience))
+	l.left.Store(true)
+	wantReset(t, c)
+	if _, err := io.Copy(io.Discard, server); err != nil {
+		t.Errorf("the server's side: %v", err)
+	}
+	if line := l.flow(); !strings.Contains(fmt.Sprint(line["err"]), "the client left") {
+		t.Errorf("log: %v", line)
+	}
+	if n := l.Stats().Refused["left"]; n != 1 {
+		t.Errorf("%d flows are counted as left", n)
 	}
 }
 

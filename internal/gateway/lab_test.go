@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -60,6 +61,9 @@ type lab struct {
 	requests chan socksserver.Request
 	log      *records
 
+	interfaceError error       // in place of an interface
+	left           atomic.Bool // the clients are gone
+
 	mu       sync.Mutex
 	own      netip.Addr                                          // a listener of ours, whichever port
 	resolve  func(context.Context, string) ([]netip.Addr, error) // nil: nothing is found
@@ -88,16 +92,22 @@ func newLab(t testing.TB, level slog.Level, fault socksserver.Fault, rules ...st
 	l.echo = startEcho(t)
 	pool := upstream.New(upstream.Options{Dial: l.dialEngine})
 	l.opts = gateway.Options{
-		Names:     l.names,
-		Upstream:  pool,
-		Engine:    l.engine,
-		Dial:      l.dialDirect,
-		Resolve:   l.resolveName,
-		Interface: func(*relay.Conn) string { return "lan0" },
-		Index:     func(i int) string { return map[int]string{1: "lan0", 2: "guest"}[i] },
-		Own:       func(to netip.AddrPort) bool { return to.Addr() == l.own },
-		Admit:     l.admit,
-		Log:       slog.New(slog.NewJSONHandler(l.log, &slog.HandlerOptions{Level: level})),
+		Names:    l.names,
+		Upstream: pool,
+		Engine:   l.engine,
+		Dial:     l.dialDirect,
+		Resolve:  l.resolveName,
+		Interface: func(_ *relay.Conn, wanted bool) (string, error) {
+			if !wanted {
+				return "", nil
+			}
+			return "lan0", l.interfaceError
+		},
+		Gone:  func(*relay.Conn) bool { return l.left.Load() },
+		Index: func(i int) string { return map[int]string{1: "lan0", 2: "guest"}[i] },
+		Own:   func(to netip.AddrPort) bool { return to.Addr() == l.own },
+		Admit: l.admit,
+		Log:   slog.New(slog.NewJSONHandler(l.log, &slog.HandlerOptions{Level: level})),
 	}
 	l.Gateway = gateway.New(l.plan(fault, rules...), l.opts)
 	return l

@@ -15,15 +15,16 @@ type Reason uint8
 const (
 	ReasonDenied   Reason = iota // a rule or DEFAULT said DENY
 	ReasonUnowned                // a synthetic address that no name owns
-	ReasonLoop                   // a listener of our own was the destination
+	ReasonLoop                   // this host itself was the destination
 	ReasonReply                  // the SOCKS server answered that it cannot or may not
 	ReasonUpstream               // no server of the list could be used
+	ReasonLeft                   // the client left before a server answered
 	reasons
 )
 
 // String returns the reason as metrics and logs spell it.
 func (r Reason) String() string {
-	return [...]string{"denied", "unowned", "loop", "reply", "upstream"}[r]
+	return [...]string{"denied", "unowned", "loop", "reply", "upstream", "left"}[r]
 }
 
 // counters count flows. Only proxied and DIRECT-by-us flows pass here; what
@@ -60,6 +61,8 @@ func (c *counters) refuse(err error) {
 		reason = ReasonUnowned
 	case err == errLoop:
 		reason = ReasonLoop
+	case err == errLeft:
+		reason = ReasonLeft
 	case errors.As(err, &reply):
 		reason = ReasonReply
 	}
