@@ -112,6 +112,7 @@ func (d *Daemon) open() (err error) {
 		Dial:      d.dialMarked,
 		Resolvers: d.setup.resolvers(),
 		Own:       d.own.has,
+		Interface: askerInterface,
 		Log:       part("fakedns"),
 	}); err != nil {
 		return err

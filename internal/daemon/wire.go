@@ -160,6 +160,20 @@ func (d *Daemon) inboundInterface(c *relay.Conn, wanted bool) (name string, err 
 	return name, err
 }
 
+// askerInterface returns the index of the interface that a question over TCP
+// came in by.
+func askerInterface(c *net.TCPConn) (index int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	local, remote := c.LocalAddr().(*net.TCPAddr).AddrPort().Addr(), c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr()
+	if e := raw.Control(func(fd uintptr) { index, err = redirect.InboundInterface(int(fd), local.Unmap(), remote.Unmap()) }); e != nil {
+		err = e
+	}
+	return index, err
+}
+
 // interfaceName returns the name of an interface by its index; empty: lo, by
 // which this host's own flows come in. One that is gone is an error.
 func (d *Daemon) interfaceName(index int) (string, error) {

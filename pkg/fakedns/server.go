@@ -60,7 +60,10 @@ type Options struct {
 	Dial      func(ctx context.Context, network, addr string) (net.Conn, error)
 	Resolvers []netip.AddrPort      // at first; see SetResolvers
 	Own       func(netip.Addr) bool // is it an address of this host? nil: none is
-	Log       *slog.Logger          // nil: silent
+	// Interface tells by which interface a client's TCP connection came in, as
+	// Asker.IfIndex; a client of which it cannot is not answered. nil: 0.
+	Interface func(*net.TCPConn) (int, error)
+	Log       *slog.Logger // nil: silent
 }
 
 const (
@@ -387,6 +390,14 @@ func isTemporary(err error) bool {
 // serveStream answers a client's questions one after the other.
 func (s *Server) serveStream(ctx context.Context, c net.Conn) {
 	a := Asker{Addr: addrPort(c.RemoteAddr()).Addr(), Server: addrPort(c.LocalAddr())}
+	if t, ok := c.(*net.TCPConn); ok && s.o.Interface != nil {
+		var err error
+		if a.IfIndex, err = s.o.Interface(t); err != nil {
+			s.o.Log.Debug("the interface of a client", "err", err)
+			s.count.dropped.Add(1)
+			return
+		}
+	}
 	for {
 		c.SetDeadline(time.Now().Add(tcpIdle))
 		var head [2]byte
