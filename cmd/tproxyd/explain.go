@@ -134,6 +134,9 @@ func explain(s *daemon.Setup, f flow.Flow) explanation {
 		r := s.Table.Match(f)
 		if r.Action == routes.Direct {
 			x.Kernel = "DIRECT by the set of admitted addresses, never in user space"
+			if before := s.Table.AddressRule(r); before != nil {
+				x.note("an address that an earlier rule names goes by that rule, as by " + before.Position() + ": " + before.Text)
+			}
 		} else {
 			x.note("this port is not DIRECT and the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
 			f.Name = ""
@@ -146,7 +149,7 @@ func explain(s *daemon.Setup, f flow.Flow) explanation {
 		x.decide(s.Table.Match(f), "")
 	default:
 		x.DNS = "a synthetic address: " + v.Why
-		x.Kernel = "diverted to user space, as every synthetic address"
+		x.Kernel = toSynthetic(f)
 		x.decide(s.Table.Match(f), "")
 	}
 	if s.Config == nil {
@@ -155,10 +158,20 @@ func explain(s *daemon.Setup, f flow.Flow) explanation {
 	return x
 }
 
+const noUDP = "refused in nftables with ICMP port unreachable: UDP is not carried yet, whatever the verdict"
+
+// toSynthetic is what the kernel does with a flow to a synthetic address.
+func toSynthetic(f flow.Flow) string {
+	if f.Network == flow.UDP {
+		return noUDP
+	}
+	return "diverted to user space, as every synthetic address"
+}
+
 // address explains a flow to a real (or synthetic) address.
 func (x *explanation) address(s *daemon.Setup, f flow.Flow) {
 	if s.Config != nil && (s.Config.DNS.Pool4.Contains(f.Dst.Addr()) || s.Config.DNS.Pool6.Contains(f.Dst.Addr())) {
-		x.Kernel = "diverted to user space, as every synthetic address"
+		x.Kernel = toSynthetic(f)
 		x.Rule = "the address is synthetic: the name that owns it decides; without one the flow is refused"
 		x.Verdict = "DENY"
 		return
@@ -175,7 +188,7 @@ func (x *explanation) address(s *daemon.Setup, f flow.Flow) {
 	case rule.Action == routes.Deny:
 		x.Kernel = "refused in nftables at the first packet"
 	case f.Network == flow.UDP:
-		x.Kernel = "refused in nftables with ICMP port unreachable: UDP through SOCKS is not supported yet"
+		x.Kernel = noUDP
 	default:
 		x.Kernel = "diverted to user space"
 	}

@@ -20,7 +20,7 @@ func (p *parser) coveredBy(t *Table, r *Rule) *Rule {
 	var by *Rule
 	covered := func(list []*Rule) bool {
 		for _, e := range list[:min(len(list), maxCover)] {
-			if e.Index < r.Index && e.noStricterThan(r) {
+			if e.Index < r.Index && e.noStricterThan(r) && !p.diags.wrong[e.number] {
 				if by == nil || e.Index > by.Index {
 					by = e
 				}

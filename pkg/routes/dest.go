@@ -25,6 +25,9 @@ func (l *line) destination(t token) (d dest) {
 		return dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
 	case text[0] == '$':
 		if known := l.lists[text[1:]]; known != nil {
+			if d := known.dest; d.noName() && len(d.prefixes) == 0 {
+				l.warnf(t, "E22", "rule can never match: LIST %s is empty", text[1:])
+			}
 			return known.dest
 		}
 		l.errorf(t, "E12", "LIST %q is not defined", text[1:])

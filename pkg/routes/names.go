@@ -288,6 +288,17 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 	return scopes, len(scopes) > 0
 }
 
+// AddressRule returns the first rule before r that takes addresses, but not
+// all of them, from a name that is DIRECT by r; nil: there is none.
+func (t *Table) AddressRule(r *Rule) *Rule {
+	for _, e := range t.rules[:r.Index] {
+		if e.Action != Direct && slices.ContainsFunc(e.dest.prefixes, func(p netip.Prefix) bool { return p.Bits() > 0 }) {
+			return e
+		}
+	}
+	return nil
+}
+
 // forEveryone returns what decides in the worst case for a client that is not
 // known: DIRECT if it must ask who the client is does not count, all else does.
 func forEveryone(rules []*Rule) []*Rule {

@@ -40,7 +40,8 @@ func Parse(path string, r io.Reader, o Options) (*Table, Diagnostics) {
 // them in the order of the statements that they are about.
 type collector struct {
 	list    []collected
-	current int // number of the statement that is being looked at
+	current int          // number of the statement that is being looked at
+	wrong   map[int]bool // statements with an error, which mean less or more than they say
 }
 
 type collected struct {
@@ -53,6 +54,12 @@ func (c *collector) begin() { c.current++ }
 func (c *collector) add(file string, t token, s Severity, code, format string, args ...any) {
 	d := Diagnostic{File: file, Line: t.line, Col: t.col, Severity: s, Code: code, Msg: fmt.Sprintf(format, args...)}
 	c.list = append(c.list, collected{d, c.current})
+	if s == Error {
+		if c.wrong == nil {
+			c.wrong = map[int]bool{}
+		}
+		c.wrong[c.current] = true
+	}
 }
 
 func (c *collector) at(file string, t token, code, format string, args ...any) {
@@ -89,13 +96,14 @@ type parser struct {
 	resolves      []*resolveRule
 	limits        Limits
 	health        Health
+	given         map[string]bool // TIMEOUT and HEALTH keys
 
 	sticky Strategy     // BALANCE ON
 	next   *nextBalance // BALANCE; nil: none that waits for its rule
 }
 
 func newParser(o Options) *parser {
-	p := &parser{open: o.Open, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}}
+	p := &parser{open: o.Open, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}, given: map[string]bool{}}
 	if p.open == nil {
 		p.open = openFile
 	}
@@ -143,7 +151,7 @@ func directives() map[string]func(*line, token) {
 		"DEFAULT-SERVER": nil, // before the rules
 		"BALANCE":        (*line).balance,
 		"DEFAULT":        (*line).defaultAction,
-		"PROXY_NAME":     func(l *line, t token) { l.proxyName = l.onlyServers(t) },
+		"PROXY_NAME":     func(l *line, t token) { l.proxyName = l.onlyServers(t, l.proxyName) },
 		"RESOLVE":        (*line).resolve,
 		"TIMEOUT":        (*line).timeout,
 		"HEALTH":         (*line).healthLine,
@@ -178,7 +186,7 @@ func (p *parser) table() (*Table, Diagnostics) {
 	})
 	each(func(l *line, t token, word string) {
 		if word == "DEFAULT-SERVER" {
-			l.defaultServer = l.onlyServers(t)
+			l.defaultServer = l.onlyServers(t, l.defaultServer)
 		}
 	})
 	known := directives()
@@ -359,6 +367,9 @@ func (l *line) resolve(t token) {
 		r.name, r.suffix = name, suffix
 	}
 	l.done()
+	if i := slices.IndexFunc(l.resolves, func(e *resolveRule) bool { return e.covers(r) }); i >= 0 {
+		l.warnf(l.tokens[0], "E22", "RESOLVE line can never match: covered by %s", l.resolves[i].position())
+	}
 	l.resolves = append(l.resolves, r)
 }
 
@@ -377,7 +388,14 @@ func (l *line) pairs(t token, set func(t token, key, value string)) {
 			l.errorf(w, "E29", "%q is not KEY=VALUE", w.text)
 			continue
 		}
-		set(w, strings.ToLower(key), value)
+		key = strings.ToLower(key)
+		if what := strings.ToUpper(t.text) + " " + key + "="; l.given[what] {
+			l.errorf(w, "E29", "%s is given twice", what)
+			continue
+		} else {
+			l.given[what] = true
+		}
+		set(w, key, value)
 	}
 }
 

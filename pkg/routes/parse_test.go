@@ -173,10 +173,18 @@ func TestDiagnostics(t *testing.T) {
 		{"LIST l *.example.org\nDENY * src=$l", "2:8 E29!", "addresses alone"},
 		{"DIRECT 10.0.0.0/8 80", "1:19 W01", "taken as eq 80"},
 		{"DIRECT 10.0.0.0/8 80 443", "1:19 W01 1:22 E29!", "taken as eq 80"},
+		{"PROXY_NAME @=10.0.0.1\nPROXY_NAME @=10.0.0.2", "2:1 E29!", "PROXY_NAME is given twice"},
+		{"DEFAULT-SERVER @=10.0.0.1\nDEFAULT-SERVER @=10.0.0.1", "2:1 E29!", "DEFAULT-SERVER is given twice"},
+		{"SOCKD5 @=10.0.0.1,10.0.0.2,10.0.0.1 *", "1:28 E29!", "10.0.0.1 is given twice"},
+		{"TIMEOUT connect=5s idle=5m\nTIMEOUT dns=3s connect=7s", "2:16 E29!", "TIMEOUT connect= is given twice"},
+		{"HEALTH maxfail=1 badexpire=5s MAXFAIL=2", "1:31 E29!", "HEALTH maxfail= is given twice"},
+		{"RESOLVE local *.example.org\nRESOLVE remote www.example.org\nRESOLVE remote *.a.example.org\nRESOLVE remote example.org\nRESOLVE remote *\nRESOLVE local *.org", "2:1 E22 3:1 E22 6:1 E22", "covered by"},
+		{"LIST none file=empty\nDENY $none", "2:6 E22", "LIST none is empty"},
+		{"DENY * eq nosuchservice\nDIRECT 10.0.0.0/8", "1:11 E08!", "nosuchservice"},
 	}
 	seen := map[string]bool{}
 	for _, tt := range tests {
-		table, ds := parse(tt.text, nil)
+		table, ds := parse(tt.text, map[string]string{"empty": ""})
 		if got := strings.Join(short(ds), " "); got != tt.want {
 			t.Errorf("%q:\n got %s\nwant %s\n%s", tt.text, got, tt.want, ds.Error())
 			continue

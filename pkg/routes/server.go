@@ -15,8 +15,12 @@ const (
 	httpPort  = 3128
 )
 
-// onlyServers reads a directive that is nothing but a server list.
-func (l *line) onlyServers(t token) []Chain {
+// onlyServers reads a directive that is nothing but a server list. Before is
+// what an earlier line of the same said.
+func (l *line) onlyServers(t token, before []Chain) []Chain {
+	if before != nil {
+		l.errorf(t, "E29", "%s is given twice", strings.ToUpper(t.text))
+	}
 	w, ok := l.word()
 	if !ok || !strings.HasPrefix(w.text, "@=") {
 		l.errorf(w, "E29", "%s takes @=servers", strings.ToUpper(t.text))
@@ -49,7 +53,12 @@ func (l *line) serverList(t token, action Action) (chains []Chain) {
 	}
 	col := t.col + 2
 	for _, hop := range strings.Split(text, ",") {
-		if chain := l.chain(token{hop, t.line, col}, action); chain != nil {
+		at := token{hop, t.line, col}
+		switch chain := l.chain(at, action); {
+		case chain == nil:
+		case slices.ContainsFunc(chains, func(c Chain) bool { return slices.Equal(c, chain) }):
+			l.errorf(at, "E29", "%s is given twice", chain)
+		default:
 			chains = append(chains, chain)
 		}
 		col += len([]rune(hop)) + 1
