@@ -134,9 +134,7 @@ func explain(s *daemon.Setup, f flow.Flow) explanation {
 		r := s.Table.Match(f)
 		if r.Action == routes.Direct {
 			x.Kernel = "DIRECT by the set of admitted addresses, never in user space"
-			if before := s.Table.AddressRule(r); before != nil {
-				x.note("an address that an earlier rule names goes by that rule, as by " + before.Position() + ": " + before.Text)
-			}
+			x.addressRule(s.Table, r)
 		} else {
 			x.note("this port is not DIRECT and the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
 			f.Name = ""
@@ -150,12 +148,22 @@ func explain(s *daemon.Setup, f flow.Flow) explanation {
 	default:
 		x.DNS = "a synthetic address: " + v.Why
 		x.Kernel = toSynthetic(f)
-		x.decide(s.Table.Match(f), "")
+		r := s.Table.Match(f)
+		x.addressRule(s.Table, r)
+		x.decide(r, "")
 	}
 	if s.Config == nil {
 		x.Kernel = ""
 	}
 	return x
+}
+
+// addressRule says that a name which is DIRECT is so only at addresses that no
+// earlier rule takes.
+func (x *explanation) addressRule(t *routes.Table, r *routes.Rule) {
+	if before := t.AddressRule(r); r.Action == routes.Direct && before != nil {
+		x.note("an address that an earlier rule names is not DIRECT, as by " + before.Position() + ": " + before.Text)
+	}
 }
 
 const noUDP = "refused in nftables with ICMP port unreachable: UDP is not carried yet, whatever the verdict"

@@ -76,6 +76,7 @@ type live struct {
 	plan   *Plan // that decided it
 	rule   *routes.Rule
 	via    *upstream.Server // nil: DIRECT
+	at     netip.AddrPort   // of a name that is DIRECT: where it was dialled
 	start  time.Time
 	stream *relay.Stream // nil while connecting, guarded by Gateway.mu
 	g      *Gateway
@@ -170,15 +171,16 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 	case routes.Direct:
 		ctx, cancel := context.WithTimeout(ctx, orDefault(p.table.Limits().Connect, defaultConnect))
 		defer cancel()
-		return g.direct(ctx, f)
+		return g.direct(ctx, l)
 	}
 	conn, l.via, err = g.o.Upstream.Connect(ctx, p.servers[l.rule.Index], l.rule.Balance == routes.Random, f.Target())
 	return conn, err
 }
 
-// direct connects from this host: to the address, or to the name's addresses
-// in turn.
-func (g *Gateway) direct(ctx context.Context, f *flow.Flow) (net.Conn, error) {
+// direct connects from this host: to the address, or in turn to those of the
+// name's addresses that no earlier rule takes.
+func (g *Gateway) direct(ctx context.Context, l *live) (net.Conn, error) {
+	f := &l.flow
 	if f.Name == "" {
 		return g.o.Dial(ctx, f.Dst)
 	}
@@ -187,19 +189,45 @@ func (g *Gateway) direct(ctx context.Context, f *flow.Flow) (net.Conn, error) {
 		return nil, err
 	}
 	err = fmt.Errorf("gateway: %s has no address", f.Name)
-	for _, a := range addrs {
+	end, _ := ctx.Deadline()
+	for i, a := range addrs {
 		to := netip.AddrPortFrom(a, f.Dst.Port())
 		// A name must not open what this host offers to itself alone.
 		if g.o.Own(to) || g.o.Names.Contains(a) || a.IsLoopback() || a.IsUnspecified() {
 			err = errLoop
 			continue
 		}
-		var conn net.Conn
-		if conn, err = g.o.Dial(ctx, to); err == nil {
+		l.at = to
+		if r := decides(l.plan.table, l); r != l.rule {
+			err = fmt.Errorf("gateway: %s is at %s, which goes by %s", f.Name, a, r.Position())
+			continue
+		}
+		// An equal share of what is left, for an address that is silent.
+		share, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(len(addrs)-i))
+		conn, dialErr := g.o.Dial(share, to)
+		cancel()
+		if dialErr == nil {
 			return conn, nil
 		}
+		err = dialErr
 	}
 	return nil, err
+}
+
+// decides returns the rule for a flow. One that is DIRECT by its name, and is
+// dialled by this host, can have an address that an earlier rule does not leave
+// to it: the table is asked for both, as before an address is admitted (R1).
+func decides(t *routes.Table, l *live) *routes.Rule {
+	r := t.Match(l.flow)
+	if r.Action != routes.Direct || !l.at.IsValid() {
+		return r
+	}
+	f := l.flow
+	f.Name, f.Dst = "", l.at
+	if earlier := t.Match(f); earlier.Index < r.Index && earlier.Action != routes.Direct {
+		return earlier
+	}
+	return r
 }
 
 // join hands both connections to the relay; what is left of the flow is its
@@ -228,7 +256,7 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 // if it asks for an interface that nobody wanted to know when the flow came.
 func (g *Gateway) stillDirect(l *live) bool {
 	t := g.plan.Load().table
-	return (l.plan.table.UsesInterfaces() || !t.UsesInterfaces()) && t.Match(l.flow).Action == routes.Direct
+	return (l.plan.table.UsesInterfaces() || !t.UsesInterfaces()) && decides(t, l).Action == routes.Direct
 }
 
 // done is called once, when both connections of the flow are closed.

@@ -93,6 +93,10 @@ func TestHandle(t *testing.T) {
 				l.own = netip.MustParseAddr("127.0.0.5")
 			}},
 		{name: "direct by name, to what this host offers to itself", rules: "DIRECT *", dst: wwwAt, prepare: resolvesTo("127.0.0.1", "::1", "0.0.0.0", "::"), refused: "loop"},
+		{name: "direct by name, where an earlier rule takes the address", rules: named + "DIRECT 192.0.2.2\nSOCKD5 @=far 192.0.2.0/24\nDIRECT *", dst: wwwAt, refused: "upstream",
+			prepare: resolvesTo("192.0.2.1"), log: map[string]string{"err": "www.example.org is at 192.0.2.1, which goes by socks.cnf:3$"}},
+		{name: "direct by name, the address that is left", rules: named + "DIRECT 192.0.2.2\nSOCKD5 @=far 192.0.2.0/24\nDIRECT *", dst: wwwAt, dials: addrs("192.0.2.2"),
+			prepare: resolvesTo("192.0.2.1", "192.0.2.2")},
 		{name: "nobody knows the interface that a rule asks for", rules: named + "SOCKD5 @=far * if=guest\nDIRECT *", dst: realAt, refused: "upstream",
 			prepare: func(l *lab) { l.interfaceError = errors.New("no such interface") }, log: map[string]string{"err": "no such interface"}},
 
@@ -227,6 +231,7 @@ func TestSwap(t *testing.T) {
 		{"proxied", "SERVER other $S\nSOCKD5 @=other *", true, true},
 		{"the name alone denied", "DENY www.example.org\nDIRECT *", false, true},
 		{"the address alone denied", "DENY 127.20.0.0/16\nDIRECT *", true, false},
+		{"the address of the name alone denied", "DENY 192.0.2.0/24\nDIRECT *", false, true},
 		{"proxied by an interface that was not asked for", "SERVER other $S\nSOCKD5 @=other * if=lan0\nDIRECT *", true, true},
 	}
 	for _, tt := range tests {
