@@ -94,6 +94,7 @@ func TestParseReportsAll(t *testing.T) {
 		{"[dns]\nresolvers = [\"dns.example\"]", `t.toml:2:1: error T04: dns.resolvers: "dns.example" is not the address of a resolver, as "10.0.0.53" or "[2001:db8::53]:53"`},
 		{"routes = \"a\"\nroutes = \"b\"", `t.toml:2:1: error T05: routes is given twice`},
 		{"[control]\nmetrics = \"9470\"", `t.toml:2:1: error T04: control.metrics: "9470" is not HOST:PORT, as in "127.0.0.1:9470"`},
+		{"[control]\nmetrics = \"127.0.0.1:99999\"", `t.toml:2:1: error T04: control.metrics: "127.0.0.1:99999" is not HOST:PORT, as in "127.0.0.1:9470"`},
 		{"dns = {ttl = true, x = 1}", "t.toml:1:8: error T03: dns.ttl: wrong type: want a whole number\nt.toml:1:20: error T02: unknown key \"dns.x\"; the keys of [dns] are pool4, pool6, resolvers, search, ttl"},
 	} {
 		c, diags := Parse("t.toml", []byte(tt.in))
@@ -141,6 +142,10 @@ func TestCredentials(t *testing.T) {
 	half := write("half.toml", "[int]\nusername = \"u\"\n[b]\npassword=3\nx=1\n", 0o600)
 	if _, diags := LoadCredentials(half, ""); len(diags) != 3 {
 		t.Errorf("want 3 errors: %v", diags)
+	}
+	twice := write("twice.toml", "[int]\nusername = \"u\"\npassword = \"geheim\"\n[int]\npassword = \"anders\"\n", 0o600)
+	if _, diags := LoadCredentials(twice, ""); len(diags) != 1 || diags[0].Code != "T05" || diags[0].Line != 5 {
+		t.Errorf("a password given twice: %v", diags)
 	}
 
 	creds := filepath.Join(dir, "systemd")

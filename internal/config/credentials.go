@@ -85,6 +85,7 @@ func readPrivate(path string) ([]byte, error) {
 func (all Credentials) add(path, name string, b []byte) routes.Diagnostics {
 	entries, diags := scan(path, b)
 	places := map[string]entry{}
+	seen := map[string]bool{}
 	for _, e := range entries {
 		n, key := name, e.path[len(e.path)-1]
 		if name == "" {
@@ -94,6 +95,11 @@ func (all Credentials) add(path, name string, b []byte) routes.Diagnostics {
 			}
 			n = e.path[0]
 		}
+		if seen[e.key()] {
+			diags = append(diags, e.errorf(path, codeTwice, "%s of credential %q is given twice", key, n))
+			continue
+		}
+		seen[e.key()] = true
 		c := all[n]
 		var err error
 		switch key {

@@ -116,7 +116,11 @@ var keys = map[string]func(*Config, any) error{
 		if err := set(&c.Control.Metrics, v, `a string as "127.0.0.1:9470"`); err != nil || c.Control.Metrics == "" {
 			return err
 		}
-		if _, _, err := net.SplitHostPort(c.Control.Metrics); err != nil {
+		_, port, err := net.SplitHostPort(c.Control.Metrics)
+		if err == nil {
+			_, err = net.LookupPort("tcp", port)
+		}
+		if err != nil {
 			return fmt.Errorf(`%q is not HOST:PORT, as in "127.0.0.1:9470"`, c.Control.Metrics)
 		}
 		return nil

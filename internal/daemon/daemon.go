@@ -161,6 +161,7 @@ func (d *Daemon) noteDecided(s *Setup) {
 // Run serves until ctx ends or a part fails, and takes everything down.
 func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	defer d.stop()
+	line := d.readyLine() // before there is somebody who can ask for a reload
 	g, ctx := errgroup.WithContext(ctx)
 	task := func(name string, f func(context.Context) error) {
 		g.Go(func() error {
@@ -191,7 +192,6 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	}
 	task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })
 
-	line := d.readyLine()
 	if s.Ready != nil {
 		s.Ready("tproxyd: ready: " + line)
 	}
@@ -211,6 +211,8 @@ func (d *Daemon) readyLine() string {
 // stop ends what runs. With fail = "closed" the kernel's table stays and
 // refuses what would have been proxied.
 func (d *Daemon) stop() {
+	d.mu.Lock() // a reload that is under way comes to its end, a later one finds the kernel closed
+	defer d.mu.Unlock()
 	notifyStopping()
 	d.log.Info("stopping")
 	d.release(d.setup.Config.Intercept.Fail == config.FailClosed)

@@ -52,6 +52,12 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if diags.HasErrors() {
 		return nil, diags
 	}
+	if len(c.Intercept.Interfaces) == 0 && !c.Intercept.Local {
+		diags = append(diags, routes.Diagnostic{
+			File: path, Line: 1, Col: 1, Severity: routes.Warning, Code: "W03",
+			Msg: "nothing is intercepted: [intercept] has neither interfaces nor local = true",
+		})
+	}
 	if c.Intercept.DNS {
 		diags = append(diags, rulesOfPort53(t)...)
 	}

@@ -55,12 +55,12 @@ func TestLoad(t *testing.T) {
 		want  []string // FILE:LINE CODE, in order
 	}{
 		{"all well", map[string]string{
-			"tproxyd.toml": named, "credentials.toml": credentials, "socks.cnf": "SERVER a 10.0.3.1 credential=office\nSOCKD5 @=a *",
+			"tproxyd.toml": named + "[intercept]\nlocal = true\n", "credentials.toml": credentials, "socks.cnf": "SERVER a 10.0.3.1 credential=office\nSOCKD5 @=a *",
 		}, nil},
 		{"rules and credentials", map[string]string{
 			"tproxyd.toml": named, "credentials.toml": "[office]\nuser = 1\n", "socks.cnf": "DIRCET *\nDENY *\nDENY * eq 0",
 		}, []string{"socks.cnf:1 E01", "socks.cnf:3 E09", "credentials.toml:"}},
-		{"only warnings", map[string]string{"tproxyd.toml": "", "socks.cnf": "DIRECT 10.0.0.0"}, []string{"socks.cnf:1 E06"}},
+		{"only warnings", map[string]string{"tproxyd.toml": "", "socks.cnf": "DIRECT 10.0.0.0"}, []string{"socks.cnf:1 E06", "tproxyd.toml:1 W03"}},
 		{"no such credential, twice", map[string]string{
 			"tproxyd.toml": named, "credentials.toml": credentials,
 			"socks.cnf": "SERVER a 10.0.3.1 credential=home\nSERVER b 10.0.3.2 credential=office\nINCLUDE more.cnf\nSOCKD5 @=a,b,c *", "more.cnf": "\nSERVER c 10.0.3.3 credential=none",

@@ -1,6 +1,7 @@
 package lint_test
 
 import (
+	"maps"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -146,7 +147,9 @@ func TestManCodes(t *testing.T) {
 	code := regexp.MustCompile(`"([EWT][0-9]{2})"`)
 	item := regexp.MustCompile(`(?m)^\.It ([EWT][0-9]{2})\b`)
 	among(t, "man/tproxyd-socks.cnf.5", ".Sh DIAGNOSTICS", ".Sh SEE ALSO", item, found(t, "pkg/routes", code))
-	among(t, "man/tproxyd.toml.5", ".Sh DIAGNOSTICS", ".Sh SEE ALSO", item, found(t, "internal/config", code))
+	toml := found(t, "internal/config", code)
+	maps.Copy(toml, found(t, "internal/daemon", regexp.MustCompile(`"(W[0-9]{2})"`))) // what both files say together
+	among(t, "man/tproxyd.toml.5", ".Sh DIAGNOSTICS", ".Sh SEE ALSO", item, toml)
 }
 
 // TestManMetrics: tproxyd(8) names every metric of ours.
