@@ -68,7 +68,7 @@ func closeCommand(e *env) *cobra.Command {
 		Long: `Put the closed table in place: what the rules send through a SOCKS server and
 port 53 are refused at once, what they make DIRECT by address passes. Meant for
 the time between boot and the daemon; 'tproxyd serve' takes the table over,
-'tproxyd cleanup' removes it. It needs no credentials. If the rules have an
+'tproxyd cleanup' removes it. It needs no credentials. If a file has an
 error it closes everything, and the exit status is 2.`,
 		Args: cobra.NoArgs,
 	}

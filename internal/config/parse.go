@@ -25,9 +25,28 @@ func Load(path string) (*Config, routes.Diagnostics) {
 	return Parse(path, b)
 }
 
+// LoadPartial is Load for who must do something whatever the file says: keys
+// with an error have their defaults. The Config is nil if the file cannot be
+// read.
+func LoadPartial(path string) (*Config, routes.Diagnostics) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, routes.Diagnostics{fileError(path, err)}
+	}
+	return parse(path, b)
+}
+
 // Parse is Load for the content of a file; path names it in messages, and
 // relative paths in it are taken from its folder.
 func Parse(path string, b []byte) (*Config, routes.Diagnostics) {
+	c, diags := parse(path, b)
+	if diags.HasErrors() {
+		return nil, diags
+	}
+	return c, diags
+}
+
+func parse(path string, b []byte) (*Config, routes.Diagnostics) {
 	entries, diags := scan(path, b)
 	c := Default(path)
 	seen := map[string]bool{}
@@ -50,9 +69,6 @@ func Parse(path string, b []byte) (*Config, routes.Diagnostics) {
 			}
 			diags = append(diags, e.errorf(path, code, "%s: %v", key, err))
 		}
-	}
-	if diags.HasErrors() {
-		return nil, diags
 	}
 	return c, diags
 }
@@ -88,7 +104,9 @@ var keys = map[string]func(*Config, any) error{
 			return err
 		}
 		marks, err := redirect.ParseMarks(s)
-		c.Intercept.Mark = marks
+		if err == nil {
+			c.Intercept.Mark = marks
+		}
 		return err
 	},
 	"intercept.table": func(c *Config, v any) error {
@@ -96,7 +114,9 @@ var keys = map[string]func(*Config, any) error{
 		if err == nil && n >= 253 && n <= 255 {
 			return fmt.Errorf("%d is one of the kernel's own tables (default, main, local)", n)
 		}
-		c.Intercept.Table = int(n)
+		if err == nil {
+			c.Intercept.Table = int(n)
+		}
 		return err
 	},
 

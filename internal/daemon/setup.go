@@ -64,12 +64,16 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir}, diags
 }
 
-// LoadClosed reads what CloseTable needs: no credentials, and rules only if
-// they have no error. Without rules everything that enters is refused. The Setup
-// is nil if tproxyd.toml itself has an error.
+// LoadClosed reads what CloseTable needs: no credentials, and rules only if no
+// file has an error. Without rules everything that enters is refused. The Setup
+// is nil if tproxyd.toml has an error and does not tell what to take.
 func LoadClosed(path string) (*Setup, routes.Diagnostics) {
-	c, diags := config.Load(path)
-	if diags.HasErrors() {
+	c, diags := config.LoadPartial(path)
+	switch {
+	case !diags.HasErrors():
+	case c != nil && (len(c.Intercept.Interfaces) > 0 || c.Intercept.Local):
+		return &Setup{Config: c}, diags
+	default:
 		return nil, diags
 	}
 	t, more := routes.ParseFile(c.Routes, routes.Options{})
