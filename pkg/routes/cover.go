@@ -50,6 +50,29 @@ func (p *parser) coveredBy(t *Table, r *Rule) *Rule {
 	return by
 }
 
+// resolvedHere returns a RESOLVE line because of which no flow has a name that
+// r is about; nil: there is none, or r is about addresses too.
+func (t *Table) resolvedHere(r *Rule) (by *resolveRule) {
+	if !r.ownName() || r.dest.anyName || len(r.dest.prefixes) > 0 {
+		return nil
+	}
+	var all []*resolveRule
+	for _, n := range r.dest.names {
+		all = append(all, &resolveRule{name: n})
+	}
+	for _, s := range r.dest.suffixes {
+		all = append(all, &resolveRule{suffix: s})
+	}
+	for _, names := range all {
+		i := slices.IndexFunc(t.resolves, func(e *resolveRule) bool { return e.covers(names) || names.covers(e) })
+		if i < 0 || t.resolves[i].mode != ResolveLocal || !t.resolves[i].covers(names) {
+			return nil
+		}
+		by = t.resolves[i]
+	}
+	return by
+}
+
 func (t *Table) coversPrefix(p netip.Prefix, covered func([]*Rule) bool) bool {
 	for _, n := range t.prefixes.Supernets(p) {
 		if covered(n.rules) {

@@ -179,6 +179,7 @@ func TestDiagnostics(t *testing.T) {
 		{"TIMEOUT connect=5s idle=5m\nTIMEOUT dns=3s connect=7s", "2:16 E29!", "TIMEOUT connect= is given twice"},
 		{"HEALTH maxfail=1 badexpire=5s MAXFAIL=2", "1:31 E29!", "HEALTH maxfail= is given twice"},
 		{"RESOLVE local *.example.org\nRESOLVE remote www.example.org\nRESOLVE remote *.a.example.org\nRESOLVE remote example.org\nRESOLVE remote *\nRESOLVE local *.org", "2:1 E22 3:1 E22 6:1 E22", "covered by"},
+		{"RESOLVE remote www.b.example\nRESOLVE local *.example\nDENY www.a.example\nDENY *.b.example\nDENY *.c.example\nDENY *.example by=name\nDIRECT *.org\nDIRECT *", "3:1 E22 5:1 E22", "socks.cnf:2 has its names resolved here"},
 		{"LIST none file=empty\nDENY $none", "2:6 E22", "LIST none is empty"},
 		{"DENY * eq nosuchservice\nDIRECT 10.0.0.0/8", "1:11 E08!", "nosuchservice"},
 	}

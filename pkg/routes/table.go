@@ -61,9 +61,13 @@ func (p *parser) build() *Table {
 	}
 	for i, r := range t.rules {
 		r.Index = i
+		p.diags.current = r.number
+		at := token{line: r.Line, col: r.col}
 		if by := p.coveredBy(t, r); by != nil {
-			p.diags.current = r.number
-			p.diags.add(r.File, token{line: r.Line, col: r.col}, Warning, "E22", "rule can never match: covered by %s: %s", by.Position(), by.Text)
+			p.diags.add(r.File, at, Warning, "E22", "rule can never match: covered by %s: %s", by.Position(), by.Text)
+		}
+		if by := t.resolvedHere(r); by != nil {
+			p.diags.add(r.File, at, Warning, "E22", "rule can never match: %s has its names resolved here, and then the address decides", by.position())
 		}
 		t.enter(r)
 	}
