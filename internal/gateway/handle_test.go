@@ -336,6 +336,25 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+// TestSilentAddress: an address that says nothing leaves time for the next.
+func TestSilentAddress(t *testing.T) {
+	l := newLab(t, slog.LevelDebug, socksserver.Fault{}, "TIMEOUT connect=400ms", "DIRECT *")
+	l.names.owner[netip.MustParseAddr(wwwAt)] = "www.example.org"
+	silent := netip.MustParseAddr("192.0.2.1")
+	l.resolve = func(context.Context, string) ([]netip.Addr, error) {
+		return []netip.Addr{silent, netip.MustParseAddr("192.0.2.2")}, nil
+	}
+	l.opts.Dial = func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+		if to.Addr() == silent {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		return l.dialEngine(ctx, l.echo)
+	}
+	l.Gateway = gateway.New(l.Plan(), l.opts)
+	echoes(t, l.connect(wwwAt), "hello")
+}
+
 // TestLeft: who leaves before the server has answered keeps no server.
 func TestLeft(t *testing.T) {
 	silent := listen(t, "127.0.0.1:0")
