@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/tproxyd/tproxyd/internal/config"
@@ -31,9 +32,9 @@ type Setup struct {
 // is systemd's credential directory; empty: none. The diagnostics are those of
 // all files; the Setup is nil if there is an error among them.
 func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
-	c, diags := config.Load(path)
-	if c == nil {
-		return nil, diags
+	c, diags := config.LoadPartial(path)
+	if c == nil || slices.ContainsFunc(diags, func(d routes.Diagnostic) bool { return d.Code == "T01" }) {
+		return nil, diags // it does not tell where the other files are
 	}
 	t, more := routes.ParseFile(c.Routes, routes.Options{})
 	diags = append(diags, more...)

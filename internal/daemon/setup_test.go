@@ -67,7 +67,8 @@ func TestLoad(t *testing.T) {
 		}, []string{"socks.cnf:1 E20", "more.cnf:2 E20"}},
 		{"no credentials file", map[string]string{"tproxyd.toml": "", "socks.cnf": "SERVER a 10.0.3.1 credential=office\nSOCKD5 @=a *"}, []string{"socks.cnf:1 E20"}},
 		{"files that are not there", map[string]string{"tproxyd.toml": named}, []string{"socks.cnf:1 E24", "credentials.toml:1 T0"}},
-		{"all three", map[string]string{"tproxyd.toml": "rutes = 1\n[dns]\nttl = -1\n" + named, "socks.cnf": "DIRCET *"}, []string{"tproxyd.toml:1 T02", "tproxyd.toml:"}},
+		{"all three", map[string]string{"tproxyd.toml": "rutes = 1\n[dns]\nttl = -1\n" + named, "credentials.toml": "x", "socks.cnf": "DIRCET *"}, []string{"tproxyd.toml:1 T02", "tproxyd.toml:3 T04", "socks.cnf:1 E01"}},
+		{"a file that is no TOML", map[string]string{"tproxyd.toml": "routes = \n"}, []string{"tproxyd.toml:1 T01"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
