@@ -6,11 +6,13 @@
 // address for /metrics can be opened on TCP.
 //
 //	GET  /status   the daemon's figures, JSON
-//	POST /reload   reads the files again; 200, or 422 with the diagnostics as text
+//	POST /reload   reads the files again; 200, 422 with what is wrong with them, or
+//	               500 with what failed, as text
 //	GET  /metrics  Prometheus text
 package control
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,8 +30,10 @@ import (
 
 // Options is what the daemon hands down. Every field is needed.
 type Options struct {
-	Status  func() any   // any value that encodes as JSON
-	Reload  func() error // nil: the new files are in force; else the old ones are, and why
+	Status func() any // any value that encodes as JSON
+	// Reload returns nil if the new files are in force; else the old ones are. A
+	// *Refused says what is wrong with the files, any other error what failed.
+	Reload  func() error
 	Metrics http.Handler
 }
 
@@ -44,7 +48,11 @@ func Handler(o Options) http.Handler {
 	})
 	mux.HandleFunc("POST /reload", func(w http.ResponseWriter, _ *http.Request) {
 		if err := o.Reload(); err != nil {
-			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+			status := http.StatusInternalServerError
+			if refused := (*Refused)(nil); errors.As(err, &refused) {
+				status = http.StatusUnprocessableEntity
+			}
+			http.Error(w, err.Error(), status)
 			return
 		}
 		fmt.Fprintln(w, "reloaded")
@@ -170,7 +178,7 @@ func (c *Client) do(ctx context.Context, method, path string) ([]byte, error) {
 	case resp.StatusCode == http.StatusUnprocessableEntity:
 		return nil, &Refused{Text: string(body)}
 	case resp.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("control: %s%s: %s", c.path, path, resp.Status)
+		return nil, fmt.Errorf("control: %s%s: %s: %s", c.path, path, resp.Status, bytes.TrimSpace(body))
 	}
 	return body, nil
 }

@@ -52,7 +52,11 @@ func TestClientAndServer(t *testing.T) {
 	if err := client.Reload(ctx); err != nil {
 		t.Errorf("reload: %v", err)
 	}
-	answer = errors.New("socks.cnf:3:1: error E01: unknown directive")
+	answer = errors.New("the kernel said no")
+	if err := client.Reload(ctx); err == nil || !strings.Contains(err.Error(), "the kernel said no") || errors.As(err, new(*Refused)) {
+		t.Errorf("a reload that failed: %v", err)
+	}
+	answer = &Refused{Text: "socks.cnf:3:1: error E01: unknown directive"}
 	var refused *Refused
 	if err := client.Reload(ctx); !errors.As(err, &refused) || !strings.Contains(refused.Text, "E01") {
 		t.Errorf("a refused reload: %v", err)

@@ -2,9 +2,13 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
+
+	"github.com/tproxyd/tproxyd/internal/control"
+	"github.com/tproxyd/tproxyd/pkg/routes"
 )
 
 // Reload reads the files again and puts what they say in force, or changes
@@ -75,6 +79,21 @@ func (d *Daemon) follow(s *Setup, swap func()) {
 	d.names.Reset()
 }
 
+// restartError says that files cannot be followed by a running daemon.
+type restartError struct{ msg string }
+
+func (e *restartError) Error() string { return e.msg }
+
+// refusal tells the control socket's client whether the files are at fault.
+func refusal(err error) error {
+	var diags routes.Diagnostics
+	var restart *restartError
+	if errors.As(err, &diags) || errors.As(err, &restart) {
+		return &control.Refused{Text: err.Error()}
+	}
+	return err
+}
+
 // changeable tells what of next cannot be changed in a running daemon.
 func (s *Setup) changeable(next *Setup) error {
 	old, c := s.Config, next.Config
@@ -101,7 +120,7 @@ func (s *Setup) changeable(next *Setup) error {
 	if keys == nil {
 		return nil
 	}
-	return fmt.Errorf("%s: changed: %s; restart the daemon for that, or change it back", c.Path, strings.Join(keys, ", "))
+	return &restartError{fmt.Sprintf("%s: changed: %s; restart the daemon for that, or change it back", c.Path, strings.Join(keys, ", "))}
 }
 
 // watchReload reloads for each signal until ctx ends. What went wrong is in
