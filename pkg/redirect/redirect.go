@@ -156,19 +156,21 @@ func (r *Redirect) applyTable(p *Plan) error {
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("redirect: nftables: %w", err)
 	}
-	if p.Readmit != nil {
-		before := r.admitted
-		r.admitted.clear()
-		if _, err := r.admitted.add(p.Readmit, time.Now()); err != nil {
-			r.admitted = before
-			return err
-		}
-	}
+	err = nil
+	before := r.admitted
 	d := dynamic{flush: p.Readmit != nil}
 	if d.flush {
+		r.admitted.clear()
+		_, err = r.admitted.add(p.Readmit, time.Now())
 		d.elements = r.admitted.all(time.Now())
 	}
-	return r.putTable(p, exists && (info.flags&flagOwner != 0) == r.can.own, exists, d)
+	if err == nil {
+		err = r.putTable(p, exists && (info.flags&flagOwner != 0) == r.can.own, exists, d)
+	}
+	if err != nil {
+		r.admitted = before // Heal goes on with the plan before
+	}
+	return err
 }
 
 // putTable puts the table in force. One that is there is changed, if it can be;
