@@ -113,11 +113,11 @@ func (w *world) answer(t testing.TB, name string) string {
 		t.Errorf("%s: %v", name, err)
 		return ""
 	}
-	for _, rr := range m.Answer {
-		if a := rr.(*dns.A).A.String(); !pool4.Contains(netip.MustParseAddr(a)) {
-			return a
-		}
-		return "pool"
+	if len(m.Answer) == 0 {
+		return dns.RcodeToString[m.Rcode]
 	}
-	return dns.RcodeToString[m.Rcode]
+	if a := m.Answer[0].(*dns.A).A.String(); !pool4.Contains(netip.MustParseAddr(a)) {
+		return a
+	}
+	return "pool"
 }
