@@ -31,11 +31,12 @@
 // Nothing waits for a stranger. There are at most [Options.MaxPipes] pipes.
 // Stalled readers may come to hold all of them, and a process without
 // CAP_SYS_RESOURCE may not be allowed as many; a flow that finds no pipe does
-// not queue for one. It peeks at its data (MSG_PEEK), writes what the other
-// side takes, and only then removes that much from the socket (MSG_TRUNC). That
-// is one copy in, one out, and holds nothing between two events, so that flows
-// in shortage can neither stall each other nor use up memory. When a pipe
-// comes back, the next event of a flow uses it.
+// not queue for one. It copies, 64 KiB at a time, and keeps what the other side
+// does not take at once. All that is kept is bounded (64 MiB); beyond that a flow
+// keeps nothing: it peeks at its data (MSG_PEEK), writes what the other side
+// takes, and only then removes that much from the socket (MSG_TRUNC). So flows
+// in shortage can neither stall each other nor use up memory. When a pipe comes
+// back, the next event of a flow uses it.
 //
 // Time limits are inactivity limits, kept by one coarse clock for all flows: a
 // limit of d ends a flow after d and at most two ticks (two seconds) more.

@@ -177,13 +177,16 @@ func TestFlows(t *testing.T) {
 		{name: "small pipes", o: Options{PipeSize: 4096}},
 		{name: "two pipes", o: Options{MaxPipes: 2}},
 		{name: "no pipe", with: noPipes},
+		{name: "no pipe, and nothing may be kept", with: func(e *Engine) { noPipes(e); e.spilled.Store(spillMax) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRig(t, tt.o, JoinOptions{Idle: time.Minute, HalfClosed: 30 * time.Second}, planServer(t))
 			if tt.with != nil {
 				tt.with(r.e)
 			}
+			kept := r.e.spilled.Load()
 			runPlans(t, r, 200)
+			eventually(t, "nothing is kept after all has ended", func() bool { return r.e.spilled.Load() == kept })
 			t.Logf("%+v", r.e.Stats())
 		})
 	}

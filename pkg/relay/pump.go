@@ -1,6 +1,8 @@
 package relay
 
 import (
+	"slices"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -142,40 +144,44 @@ func (s *Stream) fill(i int) int {
 	return 0
 }
 
-// copyChunk carries bytes through user space, for want of a pipe, such that
-// none are ever outside of a socket: it removes from the source only what the
-// destination has taken.
+// copyChunk carries bytes through user space, for want of a pipe. What the
+// destination does not take at once is kept, as long as all that is kept is
+// less than spillMax.
 func (s *Stream) copyChunk(i int, buf []byte) int {
-	h, src, dst := &s.half[i], &s.side[i], &s.side[1-i]
-	n, e := rawRecv(int(src.fd), buf, unix.MSG_PEEK)
-	switch {
-	case e == 0 && n > 0:
-	case e == 0:
-		h.eof = true
-		return 0
-	case e == unix.EAGAIN:
-		src.readable = false
-		return 0
-	case e == unix.EINTR:
-		return 0
-	default:
-		h.eof = true
-		s.fail(i, e)
+	if s.e.spilled.Load() >= spillMax {
+		return s.peekChunk(i, buf)
+	}
+	h, src := &s.half[i], &s.side[i]
+	n := s.receive(i, buf, 0)
+	if n == 0 {
 		return 0
 	}
-	src.wrote = false
-	s.e.shortages.Add(1)
-	s.noDelay(dst)
-	n, e = rawSend(int(dst.fd), buf[:n])
-	switch e {
-	case 0:
-	case unix.EAGAIN:
-		s.blocked(1 - i)
+	if n < len(buf) && !src.errSeen { // the socket is empty
+		src.readable = false
+		h.eof = src.finSeen
+	}
+	sent, e := s.send(1-i, buf[:n])
+	if e != 0 {
+		return n
+	}
+	if sent < n {
+		h.early, h.spilled = slices.Clone(buf[sent:n]), n-sent
+		s.e.spilled.Add(int64(n - sent))
+	}
+	s.delivered(i, sent)
+	return n
+}
+
+// peekChunk is copyChunk that keeps nothing: it removes from the source only
+// what the destination has taken.
+func (s *Stream) peekChunk(i int, buf []byte) int {
+	h, src := &s.half[i], &s.side[i]
+	n := s.receive(i, buf, unix.MSG_PEEK)
+	if n == 0 {
 		return 0
-	case unix.EINTR:
-		return 0
-	default:
-		s.fail(1-i, e)
+	}
+	n, e := s.send(1-i, buf[:n])
+	if e != 0 || n == 0 {
 		return 0
 	}
 	s.delivered(i, n)
@@ -193,6 +199,46 @@ func (s *Stream) copyChunk(i int, buf []byte) int {
 		left -= k
 	}
 	return n
+}
+
+// receive reads from side i into buf; 0: there is nothing now, or never again.
+func (s *Stream) receive(i int, buf []byte, flags int) int {
+	h, src := &s.half[i], &s.side[i]
+	n, e := rawRecv(int(src.fd), buf, flags)
+	switch {
+	case e == 0 && n > 0:
+		src.wrote = false
+		s.e.shortages.Add(1)
+		return n
+	case e == 0:
+		h.eof = true
+	case e == unix.EAGAIN:
+		src.readable = false
+	case e == unix.EINTR:
+	default:
+		h.eof = true
+		s.fail(i, e)
+	}
+	return 0
+}
+
+// send writes to side i and returns how much it took. An error is one that
+// ended the side.
+func (s *Stream) send(i int, b []byte) (int, unix.Errno) {
+	dst := &s.side[i]
+	s.noDelay(dst)
+	n, e := rawSend(int(dst.fd), b)
+	switch e {
+	case 0:
+		return n, 0
+	case unix.EAGAIN:
+		s.blocked(i)
+	case unix.EINTR:
+	default:
+		s.fail(i, e)
+		return 0, e
+	}
+	return 0, 0
 }
 
 // delivered counts n bytes as they reach the destination's socket.
