@@ -90,18 +90,33 @@ func (q *question) parse(msg []byte, scratch *[256]byte) bool {
 	case 0:
 		return len(extra) == 0
 	case 1:
-		// root name, type OPT, size, extended code 0, version 0, flags; with
-		// options after it, which we need not look at.
+		// root name, type OPT, size, extended code 0, version 0, flags.
 		if len(extra) < optLen || extra[0] != 0 || binary.BigEndian.Uint16(extra[1:]) != dns.TypeOPT || extra[5] != 0 || extra[6] != 0 {
 			return false
 		}
-		if int(binary.BigEndian.Uint16(extra[9:])) != len(extra)-optLen {
+		if int(binary.BigEndian.Uint16(extra[9:])) != len(extra)-optLen || !plainOptions(extra[optLen:]) {
 			return false
 		}
 		q.edns, q.do = true, extra[7]&0x80 != 0
 		return true
 	}
 	return false
+}
+
+// plainOptions tells whether the options of an OPT record are well formed and
+// of kinds that are well formed whatever they hold: cookies and padding.
+func plainOptions(b []byte) bool {
+	for len(b) > 0 {
+		if len(b) < 4 {
+			return false
+		}
+		code, n := binary.BigEndian.Uint16(b), int(binary.BigEndian.Uint16(b[2:]))
+		if code != dns.EDNS0COOKIE && code != dns.EDNS0PADDING || n > len(b)-4 {
+			return false
+		}
+		b = b[4+n:]
+	}
+	return true
 }
 
 // serverFailure appends SERVFAIL to b, so that who asked need not wait for a
