@@ -120,8 +120,7 @@ func (s *Stream) deliver(i int) {
 func (s *Stream) fill(i int) int {
 	h, src := &s.half[i], &s.side[i]
 	n, e := rawSplice(int(src.fd), h.pipe.w, h.pipe.size)
-	switch {
-	case e == 0 && n > 0:
+	if e == 0 && n > 0 {
 		h.inPipe = n
 		src.wrote = false
 		// The kernel stops when the socket is empty or the pipe has no free
@@ -132,16 +131,23 @@ func (s *Stream) fill(i int) int {
 			h.eof = src.finSeen
 		}
 		return n
-	case e == 0:
-		h.eof = true
-	case e == unix.EAGAIN:
-		src.readable = false
-	case e == unix.EINTR:
+	}
+	s.nothing(i, e)
+	return 0
+}
+
+// nothing notes why reading from side i gave no bytes; no error: it has ended.
+func (s *Stream) nothing(i int, e unix.Errno) {
+	switch e {
+	case unix.EAGAIN:
+		s.side[i].readable = false
+	case unix.EINTR:
+	case 0:
+		s.half[i].eof = true
 	default:
-		h.eof = true
+		s.half[i].eof = true
 		s.fail(i, e)
 	}
-	return 0
 }
 
 // copyChunk carries bytes through user space, for want of a pipe. What the
@@ -203,22 +209,14 @@ func (s *Stream) peekChunk(i int, buf []byte) int {
 
 // receive reads from side i into buf; 0: there is nothing now, or never again.
 func (s *Stream) receive(i int, buf []byte, flags int) int {
-	h, src := &s.half[i], &s.side[i]
+	src := &s.side[i]
 	n, e := rawRecv(int(src.fd), buf, flags)
-	switch {
-	case e == 0 && n > 0:
+	if e == 0 && n > 0 {
 		src.wrote = false
 		s.e.shortages.Add(1)
 		return n
-	case e == 0:
-		h.eof = true
-	case e == unix.EAGAIN:
-		src.readable = false
-	case e == unix.EINTR:
-	default:
-		h.eof = true
-		s.fail(i, e)
 	}
+	s.nothing(i, e)
 	return 0
 }
 
