@@ -125,13 +125,12 @@ func (c *Conn) want(events uint32) unix.Errno {
 	if c.events&events == events {
 		return 0
 	}
-	op := unix.EPOLL_CTL_MOD
-	if c.l == nil {
-		op = unix.EPOLL_CTL_ADD
-		c.l = c.e.pickLoop()
-	}
 	c.events |= events
-	return c.l.control(op, c.fd, c.gen, c.events)
+	if c.l == nil {
+		c.l = c.e.pickLoop()
+		return c.l.register(c.fd, c.gen, c.events)
+	}
+	return c.l.modify(c.fd, c.gen, c.events)
 }
 
 // Read reads what is there, and waits for it if there is nothing. It returns

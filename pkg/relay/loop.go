@@ -1,35 +1,20 @@
 package relay
 
 import (
-	"os"
 	"runtime"
 	"sync"
-	"sync/atomic"
-	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-const (
-	loopEvents  = 256
-	scratchSize = 64 << 10
-	wakeKey     = -1 // in place of a descriptor: the event is of loop.wakefd
-)
+const scratchSize = 64 << 10
 
 // loop is an epoll descriptor and the goroutine that serves it.
 type loop struct {
-	e      *Engine
-	epfd   int
-	wakefd int      // eventfd: something was posted while the loop slept
-	file   *os.File // owns epfd; it is what Go's network poller watches
-
-	events  []unix.EpollEvent
+	poller
+	e       *Engine
 	again   []*Stream // have more to do; only touched by the loop
 	scratch []byte    // for copying in a shortage of pipes; nil until used
-
-	awake   atomic.Bool
-	stopped atomic.Bool
 
 	mu     sync.Mutex
 	posted []*Stream // handed in from outside: to be served
@@ -38,47 +23,17 @@ type loop struct {
 }
 
 func newLoop(e *Engine) (*loop, error) {
-	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		return nil, os.NewSyscallError("epoll_create1", err)
-	}
-	// os.NewFile hands a non-blocking descriptor to the network poller.
-	if err := unix.SetNonblock(epfd, true); err != nil {
-		rawClose(epfd)
-		return nil, os.NewSyscallError("fcntl", err)
-	}
-	l := &loop{e: e, epfd: epfd, events: make([]unix.EpollEvent, loopEvents)}
-	l.file = os.NewFile(uintptr(epfd), "epoll")
-	if l.wakefd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		l.file.Close()
-		return nil, os.NewSyscallError("eventfd", err)
-	}
-	ev := unix.EpollEvent{Events: unix.EPOLLIN | edgeTriggered, Fd: wakeKey}
-	if err := unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, l.wakefd, &ev); err != nil {
-		l.release()
-		return nil, os.NewSyscallError("epoll_ctl", err)
+	l := &loop{e: e}
+	if err := l.open(); err != nil {
+		return nil, err
 	}
 	return l, nil
-}
-
-// edgeTriggered is EPOLLET as the unsigned number that EpollEvent holds.
-const edgeTriggered = uint32(1) << 31
-
-func (l *loop) release() {
-	rawClose(l.wakefd)
-	l.file.Close()
 }
 
 // run serves the loop until stop.
 func (l *loop) run() {
 	defer l.leave()
-	rc, err := l.file.SyscallConn()
-	if err == nil {
-		// One Read for the whole life: the poller calls turns each time that
-		// the epoll descriptor becomes readable, until it returns true.
-		err = rc.Read(l.turns)
-	}
-	if err != nil && !l.stopped.Load() {
+	if err := l.watch(l.turns); err != nil {
 		l.e.log.Error("event loop ended", "err", err)
 	}
 }
@@ -123,19 +78,8 @@ func (l *loop) turns(uintptr) (done bool) {
 	}
 }
 
-// fetch takes ready events, none if there are none; it does not wait.
-func (l *loop) fetch() int {
-	n, _, e := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(l.epfd), uintptr(unsafe.Pointer(&l.events[0])), uintptr(len(l.events)), 0, 0, 0)
-	if e != 0 {
-		return 0
-	}
-	return int(n)
-}
-
 func (l *loop) dispatch(ev *unix.EpollEvent) {
-	if ev.Fd == wakeKey {
-		var b [8]byte
-		rawRead(l.wakefd, b[:])
+	if l.woken(ev) {
 		return
 	}
 	c := l.e.conns.get(int(ev.Fd))
@@ -191,36 +135,15 @@ func (l *loop) post(s *Stream) {
 	l.wake()
 }
 
-// wake makes the loop take a turn. The loop clears awake before it looks at
-// what is posted for the last time, and we post before we look at awake.
-func (l *loop) wake() {
-	if l.awake.Load() {
-		return
-	}
-	one := [8]byte{1}
-	unix.RawSyscall(unix.SYS_WRITE, uintptr(l.wakefd), uintptr(unsafe.Pointer(&one[0])), 8)
-}
-
-func (l *loop) stop() {
-	l.stopped.Store(true)
-	l.wake()
-}
-
 // register puts a socket into the epoll set. The kernel reports at once what
 // it is ready for, so no edge can be missed.
 func (l *loop) register(fd int32, gen, events uint32) unix.Errno {
-	return l.control(unix.EPOLL_CTL_ADD, fd, gen, events)
+	return l.control(unix.EPOLL_CTL_ADD, fd, gen, events|edgeTriggered)
 }
 
 // modify changes what is asked of a registered socket, with the same effect.
 func (l *loop) modify(fd int32, gen, events uint32) unix.Errno {
-	return l.control(unix.EPOLL_CTL_MOD, fd, gen, events)
-}
-
-func (l *loop) control(op int, fd int32, gen, events uint32) unix.Errno {
-	ev := unix.EpollEvent{Events: events | edgeTriggered, Fd: fd, Pad: int32(gen)}
-	_, _, e := unix.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(l.epfd), uintptr(op), uintptr(fd), uintptr(unsafe.Pointer(&ev)), 0, 0)
-	return e
+	return l.control(unix.EPOLL_CTL_MOD, fd, gen, events|edgeTriggered)
 }
 
 // buffer returns the loop's scratch buffer.
