@@ -96,3 +96,14 @@ type PacketConn interface {
 	WriteBatch(ds []Datagram) (int, error)
 	Close() error
 }
+
+// PacketSource is a PacketConn that an event loop can watch.
+type PacketSource interface {
+	PacketConn
+	// Control calls f with the descriptor that datagrams are received by, valid
+	// for the call; for epoll_ctl(2).
+	Control(f func(fd int) error) error
+	// TryReadBatch is ReadBatch that does not wait: 0 and no error if nothing is
+	// there.
+	TryReadBatch(ds []Datagram) (int, error)
+}
