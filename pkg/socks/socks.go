@@ -1,5 +1,5 @@
 // Package socks is the client side of SOCKS5 (RFC 1928, RFC 1929) on a given
-// connection.
+// connection, and the header that its datagrams have.
 //
 // It promises to write each message with one write, since some servers take
 // one read for one message; to read a reply exactly, so that the first byte of
@@ -12,6 +12,7 @@ package socks
 import (
 	"errors"
 	"fmt"
+	"io"
 )
 
 // Reply is the REP field of a server's reply (RFC 1928 section 6). It is an
@@ -55,6 +56,15 @@ var (
 	ErrTooLong            = errors.New("socks: a name, user name or password is longer than 255 bytes or empty")
 )
 
+// ErrNoReply says that the server closed where its reply to the request should
+// have begun. It is io.ErrUnexpectedEOF to errors.Is.
+var ErrNoReply error = noReply{}
+
+type noReply struct{}
+
+func (noReply) Error() string { return "socks: the server closes in place of a reply" }
+func (noReply) Unwrap() error { return io.ErrUnexpectedEOF }
+
 // ProtocolError says that the server's bytes are no SOCKS5.
 type ProtocolError struct{ What string }
 
@@ -75,16 +85,17 @@ func (Auth) Format(s fmt.State, _ rune) { fmt.Fprint(s, hidden) }
 func (Auth) MarshalText() ([]byte, error) { return []byte(hidden), nil }
 
 const (
-	version5       = 5
-	versionAuth    = 1 // RFC 1929: of the sub-negotiation
-	methodNone     = 0
-	methodUserPass = 2
-	methodNoneFits = 0xff
-	commandConnect = 1
-	addrIPv4       = 1
-	addrDomain     = 3
-	addrIPv6       = 4
-	maxGreeting    = 3         // one method is offered
-	maxAuth        = 3 + 2*255 // version, two strings with their lengths
-	maxRequest     = 7 + 255   // four bytes, a name with its length, a port
+	version5         = 5
+	versionAuth      = 1 // RFC 1929: of the sub-negotiation
+	methodNone       = 0
+	methodUserPass   = 2
+	methodNoneFits   = 0xff
+	commandConnect   = 1
+	commandAssociate = 3
+	addrIPv4         = 1
+	addrDomain       = 3
+	addrIPv6         = 4
+	maxGreeting      = 3         // one method is offered
+	maxAuth          = 3 + 2*255 // version, two strings with their lengths
+	maxRequest       = 7 + 255   // four bytes, a name with its length, a port
 )

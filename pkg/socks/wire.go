@@ -22,9 +22,14 @@ func appendAuth(b []byte, a *Auth) []byte {
 	return append(b, a.Password...)
 }
 
-// appendRequest appends the CONNECT request (RFC 1928 section 4).
-func appendRequest(b []byte, t flow.Target) []byte {
-	b = append(b, version5, commandConnect, 0)
+// appendRequest appends a request (RFC 1928 section 4).
+func appendRequest(b []byte, command byte, t flow.Target) []byte {
+	return appendTarget(append(b, version5, command, 0), t)
+}
+
+// appendTarget appends an address type, an address and a port (RFC 1928 section
+// 5).
+func appendTarget(b []byte, t flow.Target) []byte {
 	switch a := t.Addr.Unmap(); {
 	case t.Name != "":
 		b = append(b, addrDomain, byte(len(t.Name)))
@@ -79,8 +84,11 @@ func readStatus(r io.Reader, buf *scratch) error {
 func readReply(r io.Reader, buf *scratch) (bound netip.AddrPort, err error) {
 	const head = 7
 	b := buf[:head]
-	if err := readFull(r, b); err != nil {
-		return bound, err
+	if n, err := io.ReadFull(r, b); err != nil {
+		if n == 0 && errors.Is(err, io.EOF) {
+			return bound, ErrNoReply
+		}
+		return bound, unexpected(err)
 	}
 	if b[0] != version5 {
 		return bound, &ProtocolError{fmt.Sprintf("the reply has version %d", b[0])}
@@ -106,16 +114,20 @@ func readReply(r io.Reader, buf *scratch) (bound netip.AddrPort, err error) {
 		return bound, Reply(b[1])
 	}
 	port := uint16(buf[size-2])<<8 | uint16(buf[size-1])
+	var addr netip.Addr
 	if b[3] != addrDomain {
-		addr, _ := netip.AddrFromSlice(buf[4 : size-2])
-		bound = netip.AddrPortFrom(addr, port)
+		addr, _ = netip.AddrFromSlice(buf[4 : size-2])
 	}
-	return bound, nil
+	return netip.AddrPortFrom(addr, port), nil
 }
 
 // readFull is io.ReadFull for which an end is always unexpected.
 func readFull(r io.Reader, b []byte) error {
 	_, err := io.ReadFull(r, b)
+	return unexpected(err)
+}
+
+func unexpected(err error) error {
 	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
