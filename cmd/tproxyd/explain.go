@@ -161,7 +161,7 @@ func explain(s *daemon.Setup, f flow.Flow) explanation {
 // addressRule says that a name which is DIRECT is so only at addresses that no
 // earlier rule takes.
 func (x *explanation) addressRule(t *routes.Table, r *routes.Rule) {
-	if before := t.AddressRule(r); r.Action == routes.Direct && before != nil {
+	if before := t.AddressRule(r, flow.TCP); r.Action == routes.Direct && before != nil {
 		x.note("an address that an earlier rule names is not DIRECT, as by " + before.Position() + ": " + before.Text)
 	}
 }

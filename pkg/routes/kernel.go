@@ -5,6 +5,8 @@ import (
 	"math/bits"
 	"net/netip"
 	"slices"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
 // Range is a range of addresses of one family, both ends included.
@@ -30,8 +32,8 @@ type Block struct {
 }
 
 // Kernel returns what a packet filter can decide: for every flow without a
-// name the first Block that decides gives the action of the rule that Match
-// gives. The last Block is the DEFAULT's, so one always does.
+// name the first Block that decides gives the action that the rule of Match has
+// for the flow's network. The last Block is the DEFAULT's, so one always does.
 func (t *Table) Kernel() []Block {
 	var blocks []Block
 	for i := 0; i < len(t.rules); {
@@ -46,9 +48,7 @@ func (t *Table) Kernel() []Block {
 			}
 		}
 		if len(run) > 0 {
-			b := makeBlock(run)
-			b.Final = t.final(run[0])
-			blocks = append(blocks, b)
+			blocks = append(blocks, t.makeBlocks(run)...)
 		}
 	}
 	return blocks
@@ -61,9 +61,23 @@ func (t *Table) sameConditions(a, b *Rule) bool {
 	return t.final(a) == t.final(b) && a.Protocols == b.Protocols && slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Src, b.Src) && slices.Equal(a.Ifs, b.Ifs)
 }
 
+// makeBlocks makes the Block of a run of rules. If udp= has one of them do
+// otherwise with UDP, a Block for UDP alone stands in front: it decides every
+// address that the run does, so that the other one is left with all else.
+func (t *Table) makeBlocks(run []*Rule) []Block {
+	b := makeBlock(run, flow.TCP)
+	b.Final = t.final(run[0])
+	if b.Network == OnlyTCP || !slices.ContainsFunc(run, func(r *Rule) bool { return r.ActionFor(flow.UDP) != r.Action }) {
+		return []Block{b}
+	}
+	udp := makeBlock(run, flow.UDP)
+	udp.Network, udp.Final = OnlyUDP, b.Final
+	return []Block{udp, b}
+}
+
 // makeBlock lays the prefixes of the rules on the line of addresses and gives
-// each piece to the first rule that has it.
-func makeBlock(rules []*Rule) Block {
+// each piece to the first rule that has it, for what it does with a network.
+func makeBlock(rules []*Rule, network flow.Network) Block {
 	r := rules[0]
 	b := Block{Network: r.Protocols, Ports: r.Ports, Src: r.Src, Ifs: r.Ifs, Rules: rules}
 	for _, is4 := range []bool{true, false} {
@@ -77,7 +91,7 @@ func makeBlock(rules []*Rule) Block {
 		}
 		sweep(spans, func(from, to netip.Addr, r *Rule) {
 			list := &b.Proxy
-			switch r.Action {
+			switch r.ActionFor(network) {
 			case Direct:
 				list = &b.Direct
 			case Deny:

@@ -204,7 +204,8 @@ func randomRules(rnd *rand.Rand, n int) string {
 	var b strings.Builder
 	pick := func(words ...string) string { return words[rnd.IntN(len(words))] }
 	for range n {
-		b.WriteString(pick("DIRECT ", "DENY ", "SOCKD5 @=192.0.2.1 "))
+		action := pick("DIRECT ", "DENY ", "SOCKD5 @=192.0.2.1 ")
+		b.WriteString(action)
 		switch rnd.IntN(8) {
 		case 0:
 			b.WriteString("*")
@@ -219,7 +220,11 @@ func randomRules(rnd *rand.Rand, n int) string {
 			fmt.Fprintf(&b, "10.%d.%d.0/%d", rnd.IntN(4), rnd.IntN(4), pickBits(rnd, 0, 7, 8, 14, 15, 16, 23, 24, 32))
 		}
 		b.WriteString(pick("", "", "", " 80,443", " 1-1023", " ne 22", " ge 1024"))
-		b.WriteString(pick("", "", "", " proto=tcp", " proto=udp"))
+		proto := pick("", "", "", " proto=tcp", " proto=udp")
+		b.WriteString(proto)
+		if action[0] == 'S' && proto != " proto=tcp" {
+			b.WriteString(pick("", "", "", " udp=deny", " udp=direct", " udp=socks"))
+		}
 		b.WriteString(pick("", "", "", "", " src=10.7.0.0/16", " if=a", " if=a,b src=10.7.1.0/24,fd07::/16"))
 		b.WriteString("\n")
 	}
@@ -300,6 +305,17 @@ func kernelAction(blocks []Block, f flow.Flow) (Action, bool) {
 	return 0, false
 }
 
+// otherAction decides a packet that is neither TCP nor UDP as the packet filter
+// would: such a packet has no ports and is in no block of one of the two.
+func otherAction(blocks []Block, f flow.Flow) (Action, bool) {
+	return kernelAction(slices.DeleteFunc(slices.Clone(blocks), func(b Block) bool { return b.Network != AnyProtocol || len(b.Ports) > 0 }), f)
+}
+
+// otherRule is the first rule for such a packet.
+func otherRule(t *Table, f flow.Flow) *Rule {
+	return reference(&Table{rules: slices.DeleteFunc(slices.Clone(t.rules), (*Rule).partial)}, f)
+}
+
 // checkKernel compares what the kernel would do with Match, for flows at the
 // edges of the rules' ranges and for random ones.
 func checkKernel(t testing.TB, table *Table, random int) {
@@ -312,8 +328,13 @@ func checkKernel(t testing.TB, table *Table, random int) {
 			return
 		}
 		got, ok := kernelAction(blocks, f)
-		if want := table.Match(f); !ok || got != want.Action {
-			t.Fatalf("%+v: the kernel says %v (%v), the rules %v by %s", f, got, ok, want.Action, want.Position())
+		if want := table.Match(f); !ok || got != want.ActionFor(f.Network) {
+			t.Fatalf("%+v: the kernel says %v (%v), the rules %v by %s", f, got, ok, want.ActionFor(f.Network), want.Position())
+		}
+		// What is neither TCP nor UDP no rule with servers carries, nor lets pass.
+		other, ok := otherAction(blocks, f)
+		if want := otherRule(table, f); !ok || other != want.Action {
+			t.Fatalf("%+v, neither TCP nor UDP: the kernel says %v (%v), the rules %v by %s", f, other, ok, want.Action, want.Position())
 		}
 	}
 	for _, r := range table.rules {
@@ -334,6 +355,29 @@ func TestKernelDecidesAsMatch(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(5, 6))
 	for range 300 {
 		checkKernel(t, mustParse(t, randomRules(rnd, 1+rnd.IntN(40))), 200)
+	}
+}
+
+// TestKernelBlocksOfUDP: where rules do otherwise with UDP, and only there, a
+// block for it stands in front of the one for all else.
+func TestKernelBlocksOfUDP(t *testing.T) {
+	for rules, want := range map[string]string{
+		"SOCKD5 @=192.0.2.1 10.1.0.0/16 udp=direct\nDENY 10.0.0.0/15": "udp direct [{10.1.0.0 10.1.255.255}] deny [{10.0.0.0 10.0.255.255}] proxy []" +
+			"; any direct [] deny [{10.0.0.0 10.0.255.255}] proxy [{10.1.0.0 10.1.255.255}]",
+		"SOCKD5 @=192.0.2.1 10.1.0.0/16 udp=deny\nDIRECT 10.1.0.0": "udp direct [] deny [{10.1.0.0 10.1.255.255}] proxy []; any direct [] deny [] proxy [{10.1.0.0 10.1.255.255}]",
+		"SOCKD5 @=192.0.2.1 10.1.0.0/16 proto=udp udp=deny":        "udp direct [] deny [{10.1.0.0 10.1.255.255}] proxy []",
+		"SOCKD5 @=192.0.2.1 10.1.0.0/16 proto=udp":                 "udp direct [] deny [] proxy [{10.1.0.0 10.1.255.255}]",
+		"SOCKD5 @=192.0.2.1 10.1.0.0/16 udp=socks":                 "any direct [] deny [] proxy [{10.1.0.0 10.1.255.255}]",
+		"SOCKD5 @=192.0.2.1 10.1.0.0/16 proto=tcp":                 "tcp direct [] deny [] proxy [{10.1.0.0 10.1.255.255}]",
+	} {
+		var got []string
+		blocks := mustParse(t, rules+"\nDENY * eq 1").Kernel()
+		for _, b := range blocks[:len(blocks)-2] {
+			got = append(got, fmt.Sprint([]string{"any", "tcp", "udp"}[b.Network], " direct ", b.Direct, " deny ", b.Deny, " proxy ", b.Proxy))
+		}
+		if got := strings.Join(got, "; "); got != want {
+			t.Errorf("%q:\n got %s\nwant %s", rules, got, want)
+		}
 	}
 }
 

@@ -13,9 +13,12 @@ package routes
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
 // Action is what a rule does with a flow.
@@ -71,6 +74,27 @@ const (
 	PipelineGreeting                 // greeting, authentication and request together
 )
 
+// UDPMode is what a server is told of where datagrams will come from, when it
+// is asked for a UDP association (RFC 1928 section 7).
+type UDPMode uint8
+
+// The modes.
+const (
+	UDPOwn  UDPMode = iota // the address and port of the socket that will send
+	UDPZero                // zeros, as one that does not know them
+	UDPOff                 // the server is never asked: it carries no UDP
+)
+
+// UDPUse is what becomes of UDP that a rule with servers decides.
+type UDPUse uint8
+
+// The uses.
+const (
+	UDPSocks  UDPUse = iota // its servers carry it; it is refused if they cannot
+	UDPDeny                 // as a DENY rule would have it
+	UDPDirect               // as a DIRECT rule would have it
+)
+
 // Server is a SOCKS server as the rules name it.
 type Server struct {
 	Name       string     // as written: the word of a SERVER line, or the endpoint itself
@@ -79,6 +103,7 @@ type Server struct {
 	Port       uint16     // TCP
 	Credential string     // name of the user name and password to use; empty: none
 	Pipeline   Pipeline
+	UDP        UDPMode
 	File       string // where it was first written
 	Line       int
 	Col        int
@@ -139,6 +164,7 @@ type Rule struct {
 	Servers []Chain // of a proxied rule, in the order written
 	Balance Strategy
 	Reject  Reject
+	UDP     UDPUse // of a proxied rule that is not about TCP alone; see ActionFor
 	Log     bool   // each flow is worth a line in the log
 	Tag     string // goes into that line
 	Default bool   // the DEFAULT, which matches what no other rule matches
@@ -168,6 +194,28 @@ func (r *Rule) Position() string {
 		return "DEFAULT"
 	}
 	return r.File + ":" + strconv.Itoa(r.Line)
+}
+
+// ActionFor returns what the rule does with flows of a network: Action, but for
+// UDP what udp= says of a rule with servers. A rule with servers of which none
+// carries UDP (see CarriesUDP) refuses it all the same.
+func (r *Rule) ActionFor(n flow.Network) Action {
+	if n == flow.UDP && r.Action.proxied() {
+		switch r.UDP {
+		case UDPDeny:
+			return Deny
+		case UDPDirect:
+			return Direct
+		}
+	}
+	return r.Action
+}
+
+// CarriesUDP tells whether the rule has a server that can be asked to carry
+// UDP: by SOCKS version 5, not behind another one, and not of udp=off. What the
+// server answers is another matter.
+func (r *Rule) CarriesUDP() bool {
+	return r.ActionFor(flow.UDP) == Socks5 && slices.ContainsFunc(r.Servers, func(c Chain) bool { return len(c) == 1 && c[0].UDP != UDPOff })
 }
 
 // conditional tells whether the rule asks for more than a destination.
@@ -208,6 +256,7 @@ type Limits struct {
 	Handshake  time.Duration // from the greeting to the server's reply
 	Idle       time.Duration // a flow without a byte in either direction
 	HalfClosed time.Duration // the same once one direction has ended
+	UDP        time.Duration // the same for UDP, which has no end of its own
 	DNS        time.Duration // for an answer from a resolver
 }
 

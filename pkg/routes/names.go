@@ -205,12 +205,15 @@ func (s Scope) tooWide() bool {
 	return !s.whole() && (s.Ports.From == 0 || int(s.Ports.To)-int(s.Ports.From) >= maxScopePorts)
 }
 
-// directScopes returns what is DIRECT if these rules, in order, decide.
+// directScopes returns what is DIRECT if these rules, in order, decide. What
+// udp= makes DIRECT of a rule with servers is not in it, as nothing that is by
+// name needs it: such a name stays synthetic for its TCP, and what the rule
+// says of addresses the kernel has in its blocks.
 func directScopes(rules []*Rule) (scopes []Scope) {
 	for _, network := range []flow.Network{flow.TCP, flow.UDP} {
 		rest := []PortRange{{0, 65535}}
 		for _, r := range rules {
-			if r.Protocols == OnlyTCP && network != flow.TCP || r.Protocols == OnlyUDP && network != flow.UDP {
+			if !r.about(network) {
 				continue
 			}
 			var taken []PortRange
@@ -289,10 +292,11 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 }
 
 // AddressRule returns the first rule before r that takes addresses, but not
-// all of them, from a name that is DIRECT by r; nil: there is none.
-func (t *Table) AddressRule(r *Rule) *Rule {
+// all of them, from a name of which flows of the network are DIRECT by r; nil:
+// there is none.
+func (t *Table) AddressRule(r *Rule, n flow.Network) *Rule {
 	for _, e := range t.rules[:r.Index] {
-		if e.Action != Direct && slices.ContainsFunc(e.dest.prefixes, func(p netip.Prefix) bool { return p.Bits() > 0 }) {
+		if e.about(n) && e.ActionFor(n) != Direct && slices.ContainsFunc(e.dest.prefixes, func(p netip.Prefix) bool { return p.Bits() > 0 }) {
 			return e
 		}
 	}

@@ -52,6 +52,14 @@ func TestName(t *testing.T) {
 		{"PROXY_NAME @=192.0.2.1\nSOCKD5 @=192.0.2.1 *.own.example\nSOCKD5 @=192.0.2.1 *", map[string]string{
 			"www.own.example": "synthetic", "www.example.org": "real or synthetic",
 		}},
+		// udp= makes no name DIRECT whose TCP has servers, and none DENY; of a rule
+		// for UDP alone it is all that there is.
+		{"SOCKD5 @=192.0.2.1 *.example.org udp=direct\nSOCKD5 @=192.0.2.1 *.example.net udp=deny\nDENY *", map[string]string{
+			"www.example.org": "synthetic", "www.example.net": "synthetic",
+		}},
+		{"SOCKD5 @=192.0.2.1 *.example.org proto=udp udp=direct\nDENY *", map[string]string{"www.example.org": "real, DIRECT"}},
+		{"SOCKD5 @=192.0.2.1 *.example.org proto=udp udp=deny\nDENY * reject=dns-refused", map[string]string{"www.example.org": "REFUSED"}},
+		{"SOCKD5 @=192.0.2.1 *.example.org proto=udp udp=deny\nDIRECT *.example.org\nDENY *", map[string]string{"www.example.org": "real, DIRECT"}},
 		// By client.
 		{"DIRECT * src=10.7.0.0/16\nSOCKD5 @=192.0.2.1 *", map[string]string{
 			"www.example.org from 10.7.0.1": "real, DIRECT", "www.example.org from 10.8.0.1": "synthetic",
@@ -99,6 +107,13 @@ func TestDirectScopes(t *testing.T) {
 		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 proto=udp\nDIRECT *.example.org", "11.0.0.1", "tcp 0-65535"},
 		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 eq 80\nDIRECT *.example.org", "11.0.0.1", "none"}, // the rest has too many ports: less, not more
 		{"DIRECT *.example.org\nSOCKD5 @=192.0.2.1 11.0.0.0/8", "11.0.0.1", "all"},
+		// UDP that udp= makes DIRECT passes by the blocks, TCP does not by the set.
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 udp=direct\nDIRECT *.example.org", "11.0.0.1", "none"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 udp=direct\nDIRECT *.example.org", "12.0.0.1", "all"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 proto=udp udp=direct src=10.7.0.0/16\nDIRECT *.example.org", "11.0.0.1", "all"},
+		{"SOCKD5 @=192.0.2.1 *.example.org proto=udp udp=direct", "11.0.0.1", "udp 0-65535"},
+		{"DIRECT x.y\nSOCKD5 @=192.0.2.1 11.0.0.0/8 80-82 src=10.7.0.0/16 udp=direct\nDENY 11.0.0.0/8 80-82\nDIRECT *.example.org 80-90", "11.0.0.1",
+			"tcp 83-90 udp 83-90"}, // the set knows no client
 		// What is DIRECT for every address needs no set; what is proxied has no place in it.
 		{"DEFAULT DIRECT", "11.0.0.1", "none"},
 		{"SOCKD5 @=192.0.2.1 *", "11.0.0.1", "none"},
@@ -119,6 +134,34 @@ func TestDirectScopes(t *testing.T) {
 		}
 		if got != tt.want {
 			t.Errorf("%q for %s: %s, want %s", tt.rules, tt.addr, got, tt.want)
+		}
+	}
+}
+
+// TestAddressRule: an earlier rule takes addresses from a DIRECT name only for
+// the network that it does something else with.
+func TestAddressRule(t *testing.T) {
+	for rules, want := range map[string]string{
+		"DENY 11.0.0.0/8":                                         "1 1",
+		"DENY 11.0.0.0/8 proto=tcp":                               "1 0",
+		"DENY 11.0.0.0/8 proto=udp\nDENY 11.0.0.0/9":              "2 1",
+		"SOCKD5 @=192.0.2.1 11.0.0.0/8 udp=direct":                "1 0",
+		"SOCKD5 @=192.0.2.1 11.0.0.0/8 udp=deny":                  "1 1",
+		"SOCKD5 @=192.0.2.1 11.0.0.0/8 proto=udp udp=direct":      "0 0",
+		"SOCKD5 @=192.0.2.1 * eq 25 udp=deny\nDIRECT 11.0.0.0/24": "0 0",
+	} {
+		table := mustParse(t, rules+"\nDIRECT *.example.org")
+		direct := table.Rules()[strings.Count(rules, "\n")+1]
+		var got []string
+		for _, n := range []flow.Network{flow.TCP, flow.UDP} {
+			line := 0
+			if r := table.AddressRule(direct, n); r != nil {
+				line = r.Line
+			}
+			got = append(got, fmt.Sprint(line))
+		}
+		if got := strings.Join(got, " "); got != want {
+			t.Errorf("%q: %s, want %s", rules, got, want)
 		}
 	}
 }
@@ -166,13 +209,13 @@ func TestAdmittedPassesAsTheRulesSay(t *testing.T) {
 			})
 			action, final := kernelDecides(blocks, f)
 			passes := action == Direct || inSet && !final
-			byAddr := table.Match(f).Action == Direct
+			byAddr := table.Match(f).ActionFor(f.Network) == Direct
 			byBoth := false
 			for _, r := range table.rules { // the first that the name or the address matches
 				named := f
 				named.Name = name
 				if r.matchesPort(&f) && r.matchesClient(&f) && (onlyRule(table, r, named) || onlyRule(table, r, f)) {
-					byBoth = r.Action == Direct
+					byBoth = r.ActionFor(f.Network) == Direct
 					break
 				}
 			}

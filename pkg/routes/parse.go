@@ -403,11 +403,9 @@ func (l *line) timeout(t token) {
 	l.pairs(t, func(w token, key, value string) {
 		to := map[string]*time.Duration{
 			"connect": &l.limits.Connect, "handshake": &l.limits.Handshake, "idle": &l.limits.Idle,
-			"halfclosed": &l.limits.HalfClosed, "dns": &l.limits.DNS,
+			"halfclosed": &l.limits.HalfClosed, "udp": &l.limits.UDP, "dns": &l.limits.DNS,
 		}[key]
 		switch {
-		case key == "udp":
-			l.unsupported(w, "TIMEOUT udp=")
 		case to == nil:
 			l.errorf(w, "E29", "no time limit %q; there are connect, handshake, idle, halfclosed, udp, dns", key)
 		default:

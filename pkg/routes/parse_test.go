@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
 // parse reads rules in which INCLUDE and LIST find nothing but files.
@@ -125,15 +126,28 @@ func TestDiagnostics(t *testing.T) {
 		{"DENY * reject=icmp", "1:8 E28!", "without proto=udp"},
 		{"DIRECT * uid=root", "1:10 E28!", "uid="},
 		{"DIRECT * gid=5 cgroup=/a mark=0x10 cmd=connect,udp", "1:10 E28! 1:16 E28! 1:26 E28! 1:36 E28!", ""},
-		{"DIRECT * auth=none resolve=local bind=ftp udp=deny timeout=3s", "1:10 E28! 1:20 E28! 1:34 E28! 1:43 E28! 1:52 E28!", ""},
+		{"DIRECT * auth=none resolve=local bind=ftp timeout=3s", "1:10 E28! 1:20 E28! 1:34 E28! 1:43 E28!", ""},
 		{"DIRECT * mac=00:00:5e:00:53:01 via=eth0", "1:10 E28! 1:32 E28!", ""},
 		{"SOCKD5 @=10.0.0.1,10.0.0.2 * balance=hash", "1:30 E28!", "balance=hash"},
 		{"BALANCE leastload", "1:9 E28!", "leastload"},
-		{"SERVER a 10.0.0.1 type=http tls sni=a udp=zero gss-service=x gss-level=1 source=10.0.0.2 if=eth0",
-			"1:19 E28! 1:29 E28! 1:33 E28! 1:39 E28! 1:48 E28! 1:62 E28! 1:74 E28! 1:90 E28!", ""},
+		{"SERVER a 10.0.0.1 type=http tls sni=a gss-service=x gss-level=1 source=10.0.0.2 if=eth0",
+			"1:19 E28! 1:29 E28! 1:33 E28! 1:39 E28! 1:53 E28! 1:65 E28! 1:81 E28!", ""},
 		{"SERVER a 10.0.0.1 auth=gssapi pipeline=data", "1:19 E28! 1:31 E28!", ""},
-		{"TIMEOUT udp=30s", "1:9 E28!", "udp="},
 		{"HEALTH interval=1s probe=tcp", "1:8 E28! 1:20 E28!", ""},
+
+		// What UDP cannot go by, and where udp= says nothing.
+		{"DENY * udp=deny", "1:8 E29!", "for rules with servers, not for DENY"},
+		{"DEFAULT DIRECT udp=socks", "1:16 E29!", "not for DIRECT"},
+		{"SOCKD5 @=10.0.0.1 * proto=tcp udp=socks", "1:31 E29!", "proto=tcp"},
+		{"SOCKD5 @=10.0.0.1 * udp=on", "1:21 E29!", "udp=socks, deny or direct"},
+		{"SOCKD5 @=10.0.0.1 * udp=deny UDP=deny", "1:30 E29!", "given twice"},
+		{"HTTP @=10.0.9.9 * proto=udp udp=deny", "1:1 E28!", "HTTP"},
+		{"SOCKD5 @=10.0.4.1>10.0.4.2 * proto=udp udp=direct", "1:8 E28!", "chains"},
+		{"SERVER a 10.0.0.1 udp=none", "1:19 E29!", "udp is one of own, zero, off"},
+		{"SERVER a 10.0.0.1 udp=off udp=own", "1:27 E29!", "given twice"},
+		{"SERVER a 10.0.0.1 UDP=OFF\nSOCKD5 @=a * proto=udp", "2:14 W04", "so that UDP is refused"},
+		{"SERVER a 10.0.0.1 udp=off\nSOCKD5 @=a * udp=socks\nSOCKD5 @=a * if=b", "2:14 W04 3:1 E22", "every server of the rule"},
+		{"SERVER a 10.0.0.1 udp=off\nSOCKD5 @=a,10.0.0.2 * proto=udp\nSOCKD5 @=a * proto=tcp\nSOCKD5 @=a * proto=tcp if=b", "4:1 E22", ""},
 
 		// And all else that can be wrong with a word.
 		{"DENY * foo=1", "1:8 E29!", `unknown option "foo=1"`},
@@ -287,7 +301,7 @@ func TestServers(t *testing.T) {
 		"SOCKD5 *.example.net balance=first",
 		"BALANCE OFF",
 		"SOCKD5 @=int2 *.example.com",
-		"TIMEOUT connect=3 handshake=4s idle=1h halfclosed=5m dns=1500ms",
+		"TIMEOUT connect=3 handshake=4s idle=1h halfclosed=5m udp=2m dns=1500ms",
 		"HEALTH maxfail=3 badexpire=10s",
 	)
 	r := table.Rules()
@@ -315,7 +329,7 @@ func TestServers(t *testing.T) {
 	if n := len(table.FirstHops()); n != 5 {
 		t.Errorf("%d first hops", n)
 	}
-	if l := table.Limits(); l.Connect.Seconds() != 3 || l.Handshake.Seconds() != 4 || l.Idle.Hours() != 1 || l.HalfClosed.Minutes() != 5 || l.DNS.Milliseconds() != 1500 {
+	if l := table.Limits(); l.Connect.Seconds() != 3 || l.Handshake.Seconds() != 4 || l.Idle.Hours() != 1 || l.HalfClosed.Minutes() != 5 || l.UDP.Minutes() != 2 || l.DNS.Milliseconds() != 1500 {
 		t.Errorf("%+v", l)
 	}
 	if h := table.Health(); h.MaxFail != 3 || h.BadExpire.Seconds() != 10 {
@@ -323,6 +337,50 @@ func TestServers(t *testing.T) {
 	}
 	if table.ProxyName()[0].String() != "int1" {
 		t.Error(table.ProxyName())
+	}
+}
+
+func TestUDP(t *testing.T) {
+	table := mustParse(t,
+		"SERVER own 10.0.3.1",
+		"SERVER also 10.0.3.2 udp=own",
+		"SERVER zero 10.0.3.3 udp=Zero",
+		"SERVER off 10.0.3.4 udp=off",
+		"DIRECT 10.0.0.0/8", // 5
+		"SOCKD5 @=own,off *.a.example",
+		"SOCKD5 @=off *.b.example",
+		"SOCKD5 @=zero *.c.example udp=socks",
+		"SOCKD5 @=zero *.d.example udp=deny",
+		"SOCKD5 @=zero *.e.example udp=direct", // 10
+		"SOCKD5 @=zero *.f.example proto=udp udp=deny",
+		"SOCKD5 @=also *.g.example proto=udp udp=direct balance=random",
+		"SOCKD5 @=also *.h.example proto=udp",
+	)
+	var modes []UDPMode
+	for _, s := range table.Servers() {
+		modes = append(modes, s.UDP)
+	}
+	if want := []UDPMode{UDPOwn, UDPOwn, UDPZero, UDPOff}; !slices.Equal(modes, want) {
+		t.Errorf("%v, want %v", modes, want)
+	}
+	var got []string
+	for _, r := range table.Rules() {
+		got = append(got, fmt.Sprintf("%s %s/%s %v %d", r.Position(), r.ActionFor(flow.TCP), r.ActionFor(flow.UDP), r.CarriesUDP(), len(r.Servers)))
+	}
+	want := []string{
+		"socks.cnf:5 DIRECT/DIRECT false 0",
+		"socks.cnf:6 SOCKD5/SOCKD5 true 2",
+		"socks.cnf:7 SOCKD5/SOCKD5 false 1", // the servers are not asked, and the datagram is refused
+		"socks.cnf:8 SOCKD5/SOCKD5 true 1",
+		"socks.cnf:9 SOCKD5/DENY false 1",
+		"socks.cnf:10 SOCKD5/DIRECT false 1",
+		"socks.cnf:11 DENY/DENY false 0", // of UDP alone: nothing is left for servers
+		"socks.cnf:12 DIRECT/DIRECT false 0",
+		"socks.cnf:13 SOCKD5/SOCKD5 true 1",
+		"DEFAULT DENY/DENY false 0",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
 	}
 }
 
@@ -392,6 +450,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(string(b))
 	}
 	f.Add("SERVER a [::1]:99 credential=x\nLIST l 10.0.0.0/8 *.x ::/0\nSOCKD5 @=a $l ne 53 src=$l if=a,b by=name log\nDEFAULT DIRECT\nRESOLVE local .x")
+	f.Add("SERVER a 10.9.9.9 udp=off\nSOCKD5 @=a 10.0.0.0/9 udp=direct\nDENY 10.0.0.0/8\nSOCKD5 @=a * eq 443 udp=deny\nSOCKD5 @=a * proto=udp udp=direct")
 	f.Add("direct 10.0.0.0-10.0.0.77 http-alt,1-2 \\\n proto=udp : x")
 	f.Fuzz(func(t *testing.T, text string) {
 		table, ds := parse(text, map[string]string{"a": text, "b": "DENY *"})

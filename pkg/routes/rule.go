@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
 // rule reads a line that decides flows.
@@ -39,6 +41,12 @@ func (l *line) rule(t token, action Action) {
 			r.Balance = Random
 		} else {
 			r.Balance = First
+		}
+	}
+	if r.Protocols == OnlyUDP {
+		// Nothing is left for the servers: to all who ask it is what it does.
+		if a := r.ActionFor(flow.UDP); a != r.Action {
+			r.Action, r.Servers, r.Balance, r.UDP = a, nil, First, UDPSocks
 		}
 	}
 	l.rules = append(l.rules, r)
@@ -107,6 +115,7 @@ end:
 // carries reports what the protocol of the rule cannot do.
 func (l *line) carries(r *Rule, at token, set map[string]token) {
 	v6 := slices.ContainsFunc(r.dest.prefixes, func(p netip.Prefix) bool { return p.Addr().Is6() && p.Bits() > 0 })
+	udp := r.Protocols == OnlyUDP && r.UDP == UDPSocks
 	chained := slices.IndexFunc(r.Servers, func(c Chain) bool { return len(c) > 1 })
 	switch r.Action {
 	case Socks4:
@@ -120,16 +129,26 @@ func (l *line) carries(r *Rule, at token, set map[string]token) {
 		}
 		fallthrough
 	case HTTP:
-		if r.Protocols == OnlyUDP {
+		if udp {
 			l.errorf(set["proto"], "E17", "%s cannot carry UDP", r.Action)
 		}
 	}
 	if bind, ok := set["bind"]; ok && r.Action == HTTP {
 		l.errorf(bind, "E18", "HTTP cannot carry bind")
 	}
-	if _, bind := set["bind"]; chained >= 0 && (bind || r.Protocols == OnlyUDP) {
+	if _, bind := set["bind"]; chained >= 0 && (bind || udp) {
 		c := r.Servers[chained]
 		l.errorf(l.tokens[1], "E19", "chain %s: %s is reached through %s, and neither UDP nor BIND can be chained; TCP only", c, c[len(c)-1].Name, c[0].Name)
+	}
+	if t, stated := set["udp"]; stated && r.Action.proxied() && r.Protocols == OnlyTCP {
+		l.errorf(t, "E29", "udp= says nothing of a rule with proto=tcp")
+	} else if r.Action == Socks5 && r.UDP == UDPSocks && len(r.Servers) > 0 && chained < 0 && !r.CarriesUDP() {
+		if !stated {
+			t, stated = set["proto"], r.Protocols == OnlyUDP
+		}
+		if stated {
+			l.warnf(t, "W04", "every server of the rule has udp=off, so that UDP is refused")
+		}
 	}
 	switch {
 	case r.Action.proxied() && r.Action != Socks5:
@@ -141,9 +160,9 @@ func (l *line) carries(r *Rule, at token, set map[string]token) {
 
 // optionWords are the options of a rule; false: not supported yet.
 var optionWords = map[string]bool{
-	"src": true, "if": true, "proto": true, "by": true, "reject": true, "balance": true, "tag": true, "log": true,
+	"src": true, "if": true, "proto": true, "by": true, "reject": true, "balance": true, "tag": true, "log": true, "udp": true,
 	"uid": false, "gid": false, "cgroup": false, "mark": false, "cmd": false, "auth": false, "resolve": false,
-	"bind": false, "udp": false, "timeout": false, "mac": false, "via": false,
+	"bind": false, "timeout": false, "mac": false, "via": false,
 }
 
 // isOption tells whether a word can only be an option.
@@ -233,6 +252,11 @@ func (l *line) option(r *Rule, t token, key, value string) {
 		l.strategy(t, value)
 	case "reject":
 		l.reject(r, t, value)
+	case "udp":
+		if !r.Action.proxied() {
+			l.errorf(t, "E29", "udp= is for rules with servers, not for %s", r.Action)
+		}
+		r.UDP = UDPUse(oneOf("socks", "deny", "direct"))
 	case "if":
 		for _, name := range strings.Split(value, ",") {
 			if name == "" || len(name) > 15 || strings.ContainsAny(name, "/:*\"") {
@@ -302,7 +326,7 @@ func (l *line) sources(t token, value string) (list []netip.Prefix) {
 func (l *line) laterOption(t token, key, value string) {
 	values := map[string][]string{
 		"cmd": {"connect", "bind", "udp"}, "auth": {"none", "userpass", "gssapi", "any"}, "bind": {"off", "ftp"},
-		"resolve": {"local", "remote", "local-then-remote"}, "udp": {"socks", "deny", "direct"},
+		"resolve": {"local", "remote", "local-then-remote"},
 	}[key]
 	ok := true
 	switch key {
@@ -310,7 +334,7 @@ func (l *line) laterOption(t token, key, value string) {
 		for _, c := range strings.Split(strings.ToLower(value), ",") {
 			ok = ok && slices.Contains(values, c)
 		}
-	case "auth", "bind", "resolve", "udp":
+	case "auth", "bind", "resolve":
 		ok = slices.Contains(values, strings.ToLower(value))
 	case "cgroup":
 		ok = value[0] == '/'

@@ -248,11 +248,14 @@ func (l *line) serverOptions(at token) *Server {
 			} else {
 				l.serverWord(t, lower, "off", "data")
 			}
-		case "tls", "sni", "udp", "gss-service", "gss-level", "source", "if":
+		case "udp":
+			l.serverWord(t, lower, udpWords[:]...)
+			s.UDP = UDPMode(max(slices.Index(udpWords[:], lower), 0))
+		case "tls", "sni", "gss-service", "gss-level", "source", "if":
 			l.unsupported(t, "SERVER "+key)
 		default:
 			msg := "unknown option %q of SERVER"
-			if w := closest(key, []string{"type", "auth", "credential", "pipeline"}); w != "" {
+			if w := closest(key, []string{"type", "auth", "credential", "pipeline", "udp"}); w != "" {
 				msg += "; did you mean " + w + "=?"
 			}
 			l.errorf(t, "E29", msg, t.text)
@@ -270,11 +273,14 @@ func (l *line) serverOptions(at token) *Server {
 	return s
 }
 
+// udpWords spell the values of UDPMode.
+var udpWords = [...]string{"own", "zero", "off"}
+
 // serverWord checks a word of which the first ones have an effect: for type
-// one, for auth three, for pipeline one.
+// one, for auth and udp three, for pipeline one.
 func (l *line) serverWord(t token, value string, words ...string) {
 	key, _, _ := strings.Cut(strings.ToLower(t.text), "=")
-	supported := map[string]int{"type": 1, "auth": 3, "pipeline": 1}[key]
+	supported := map[string]int{"type": 1, "auth": 3, "udp": 3, "pipeline": 1}[key]
 	switch i := slices.Index(words, value); {
 	case i < 0:
 		l.errorf(t, "E29", "%q: %s is one of %s", t.text, key, strings.Join(words, ", "))

@@ -227,16 +227,20 @@ func first(list []*Rule, f *flow.Flow, best *Rule) *Rule {
 	return best
 }
 
-func (r *Rule) matchesPort(f *flow.Flow) bool {
+// about tells whether the rule decides flows of a network at all.
+func (r *Rule) about(n flow.Network) bool {
 	switch r.Protocols {
 	case OnlyTCP:
-		if f.Network != flow.TCP {
-			return false
-		}
+		return n == flow.TCP
 	case OnlyUDP:
-		if f.Network != flow.UDP {
-			return false
-		}
+		return n == flow.UDP
+	}
+	return true
+}
+
+func (r *Rule) matchesPort(f *flow.Flow) bool {
+	if !r.about(f.Network) {
+		return false
 	}
 	if len(r.Ports) == 0 {
 		return true
