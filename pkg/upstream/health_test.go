@@ -90,7 +90,7 @@ func TestBalance(t *testing.T) {
 
 		orders := map[string]int{}
 		order := func() (names string) {
-			for _, s := range p.order(nil, servers, true) {
+			for _, s := range p.order(nil, servers, true, nil) {
 				names += s.Name
 			}
 			return names

@@ -16,6 +16,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,6 +35,7 @@ type Server struct {
 	Addr     netip.AddrPort // where it listens; with Host set only the port counts
 	Auth     *socks.Auth    // nil: none
 	Pipeline bool           // see socks.Options
+	UDP      UDPMode
 }
 
 // address is the server's place in words.
@@ -48,6 +50,7 @@ func (s *Server) address() string {
 type Options struct {
 	Dial    func(ctx context.Context, to netip.AddrPort) (net.Conn, error)
 	Resolve func(ctx context.Context, host string) ([]netip.Addr, error) // nil: servers given by name are at fault
+	Packet  func(local netip.Addr) (PacketSocket, error)                 // bound to an address and any port; nil: no UDP
 
 	ConnectTimeout   time.Duration   // for TCP to one server, looking up its name included; 0: 10 s
 	HandshakeTimeout time.Duration   // from the greeting to the reply; 0: 30 s
@@ -71,10 +74,12 @@ type key struct {
 }
 
 type health struct {
-	fails    int       // in a row
-	badUntil time.Time // zero: good
-	carried  uint64    // flows
-	faults   uint64
+	fails      int       // in a row
+	badUntil   time.Time // zero: good
+	carried    uint64    // flows
+	faults     uint64
+	noUDP      time.Time // until then it is not asked for UDP, which it does not have
+	associated uint64    // UDP associations
 }
 
 // New returns a pool that knows nothing bad of any server.
@@ -125,6 +130,9 @@ type Status struct {
 	Up      bool   `json:"up"`      // false: bad, asked last
 	Carried uint64 `json:"carried"` // flows since the start
 	Faults  uint64 `json:"faults"`  // since the start
+
+	Associations uint64 `json:"associations"`  // for UDP, since the start
+	UDP          string `json:"udp,omitempty"` // "yes" or "no"; empty: nobody has asked lately
 }
 
 // Status returns what is known of the servers given, in their order.
@@ -134,7 +142,16 @@ func (p *Pool) Status(servers []*Server) []Status {
 	list := make([]Status, len(servers))
 	for i, s := range servers {
 		h := p.state(s)
-		list[i] = Status{s.Name, s.address(), !time.Now().Before(h.badUntil), h.carried, h.faults}
+		list[i] = Status{
+			Name: s.Name, Address: s.address(), Up: !time.Now().Before(h.badUntil), Carried: h.carried, Faults: h.faults,
+			Associations: h.associated,
+		}
+		switch {
+		case s.UDP == UDPOff || time.Now().Before(h.noUDP):
+			list[i].UDP = "no"
+		case h.associated > 0:
+			list[i].UDP = "yes"
+		}
 	}
 	return list
 }
@@ -147,40 +164,55 @@ func (p *Pool) Status(servers []*Server) []Status {
 // otherwise it names each server and its fault. If ctx ends no further server
 // is asked.
 func (p *Pool) Connect(ctx context.Context, servers []*Server, balance bool, t flow.Target) (net.Conn, *Server, error) {
+	var conn net.Conn
+	s, err := p.first(ctx, servers, balance, nil, func(s *Server) (err error) {
+		conn, err = p.ask(ctx, s, t)
+		return err
+	})
+	if err != nil {
+		return nil, s, err
+	}
+	p.good(s, func(h *health) { h.carried++ })
+	return conn, s, nil
+}
+
+// first asks the servers in their order, preferred before all others, until one
+// does what ask asks of it, and returns that one, or the one that answered for
+// the destination.
+func (p *Pool) first(ctx context.Context, servers []*Server, balance bool, preferred *Server, ask func(*Server) error) (*Server, error) {
 	if len(servers) == 0 {
-		return nil, nil, errors.New("upstream: no server")
+		return nil, errors.New("upstream: no server")
 	}
 	var room [8]*Server
-	order := p.order(room[:0], servers, balance)
+	order := p.order(room[:0], servers, balance, preferred)
 	var faults []error
 	for _, s := range order {
-		conn, err := p.ask(ctx, s, t)
+		err := ask(s)
 		if err == nil {
-			p.good(s, true)
-			return conn, s, nil
+			return s, nil
 		}
 		err = &ServerError{s, err}
 		switch judge(err) {
 		case destination:
-			p.good(s, false)
-			return nil, s, err
+			p.good(s, nil)
+			return s, err
 		case fault:
 			if ctx.Err() == nil {
 				p.bad(s, err)
 			}
 		case incapable:
-			p.good(s, false)
+			p.good(s, nil)
 		}
 		faults = append(faults, err)
 		if ctx.Err() != nil {
 			break
 		}
 	}
-	return nil, nil, errors.Join(faults...)
+	return nil, errors.Join(faults...)
 }
 
 // order appends the servers to l as they are to be asked.
-func (p *Pool) order(l, servers []*Server, balance bool) []*Server {
+func (p *Pool) order(l, servers []*Server, balance bool, preferred *Server) []*Server {
 	l = append(l, servers...)
 	if balance {
 		for i := len(l) - 1; i > 0; i-- {
@@ -190,6 +222,10 @@ func (p *Pool) order(l, servers []*Server, balance bool) []*Server {
 	}
 	if len(l) < 2 {
 		return l
+	}
+	if i := slices.Index(l, preferred); i > 0 {
+		copy(l[1:i+1], l[:i])
+		l[0] = preferred
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -212,20 +248,32 @@ func (p *Pool) ask(ctx context.Context, s *Server, t flow.Target) (net.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	conn.SetDeadline(time.Now().Add(p.options.Load().HandshakeTimeout))
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	_, err = socks.Connect(conn, t, socks.Options{Auth: s.Auth, Pipeline: s.Pipeline})
-	if !stop() {
-		err = ctx.Err() // its deadline would outlive the handshake
-	}
-	if err == nil {
-		err = conn.SetDeadline(time.Time{})
-	}
+	err = p.handshake(ctx, conn, func() error {
+		_, err := socks.Connect(conn, t, s.options())
+		return err
+	})
 	if err != nil {
 		conn.Close()
 		return nil, err
 	}
 	return conn, nil
+}
+
+// options is how the server wants to be spoken to.
+func (s *Server) options() socks.Options { return socks.Options{Auth: s.Auth, Pipeline: s.Pipeline} }
+
+// handshake runs f, which talks on conn, within the limits.
+func (p *Pool) handshake(ctx context.Context, conn net.Conn, f func() error) error {
+	conn.SetDeadline(time.Now().Add(p.options.Load().HandshakeTimeout))
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	err := f()
+	if !stop() {
+		return ctx.Err() // its deadline would outlive the handshake
+	}
+	if err == nil {
+		err = conn.SetDeadline(time.Time{})
+	}
+	return err
 }
 
 func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
@@ -256,14 +304,14 @@ func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
 	return nil, err
 }
 
-// good notes that s answered as a server should; carried, that it carries a
-// flow.
-func (p *Pool) good(s *Server, carried bool) {
+// good notes that s answered as a server should, and what else there is to
+// note.
+func (p *Pool) good(s *Server, also func(*health)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	h := p.state(s)
-	if carried {
-		h.carried++
+	if also != nil {
+		also(h)
 	}
 	h.fails = 0
 	if !h.badUntil.IsZero() {
@@ -315,8 +363,8 @@ const (
 // used for in practice. General failure is ambiguous: some servers send it for
 // a name that does not exist, so it moves this flow on and blames nobody.
 func judge(err error) verdict {
-	if errors.Is(err, socks.ErrTooLong) {
-		return incapable // nothing was said to it
+	if errors.Is(err, socks.ErrTooLong) || errors.Is(err, ErrNoUDP) {
+		return incapable
 	}
 	// No descriptor, no memory, no port left.
 	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
