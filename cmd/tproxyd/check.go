@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/tproxyd/tproxyd/internal/daemon"
+	"github.com/tproxyd/tproxyd/pkg/flow"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 )
 
@@ -68,7 +69,7 @@ Warnings alone leave it 0.`,
 // printRules lists the rules in the order in which they apply.
 func (e *env) printRules(t *routes.Table) {
 	for _, i := range t.Implicit(ownPrefixes()) {
-		fmt.Fprintf(e.stdout, "implicit  kernel      %s\n", i)
+		fmt.Fprintf(e.stdout, "implicit  kernel       %s\n", i)
 	}
 	inKernel := map[*routes.Rule]bool{}
 	for _, b := range t.Kernel() {
@@ -77,13 +78,20 @@ func (e *env) printRules(t *routes.Table) {
 		}
 	}
 	for _, r := range t.Rules() {
-		where := "user space"
-		if inKernel[r] && (r.Action == routes.Direct || r.Action == routes.Deny) {
-			where = "kernel    "
+		where := "user space "
+		switch {
+		case !inKernel[r]:
+		case decides(r.Action):
+			where = "kernel     "
+		case decides(r.ActionFor(flow.UDP)):
+			where = "UDP: kernel"
 		}
 		fmt.Fprintf(e.stdout, "%-9s %s  %s\n", r.Position(), where, r.Text)
 	}
 }
+
+// decides tells whether the kernel decides an action alone.
+func decides(a routes.Action) bool { return a == routes.Direct || a == routes.Deny }
 
 // ownPrefixes returns this host's own addresses.
 func ownPrefixes() []netip.Prefix {

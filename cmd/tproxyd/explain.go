@@ -106,80 +106,108 @@ type explanation struct {
 	Order   string   `json:"order,omitempty"`
 	Notes   []string `json:"notes,omitempty"`
 	Verdict string   `json:"verdict"`
+
+	question bool // to port 53, where that is answered here
 }
 
 // explain follows a flow through the same decisions that the daemon makes.
 // Without a configuration there is no interception, and nothing is said of it.
 func explain(s *daemon.Setup, f flow.Flow) explanation {
 	x := explanation{Flow: describe(f)}
-	if s.Config != nil && s.Config.Intercept.DNS && f.Dst.Port() == 53 {
+	x.question = s.Config != nil && s.Config.Intercept.DNS && f.Dst.Port() == dnsPort
+	if x.question {
 		x.note("port 53 of an intercepted host is never a flow: with dns = true its questions are answered here")
 	}
 	if f.Name == "" {
 		x.address(s, f)
-		return x
+	} else {
+		x.name(s, f)
 	}
+	switch {
+	case s.Config == nil:
+		x.Kernel = ""
+	case x.question:
+		x.Kernel = "diverted to be answered as DNS, whatever the rules say"
+	}
+	return x
+}
+
+// name explains a flow to a name.
+func (x *explanation) name(s *daemon.Setup, f flow.Flow) {
 	v := s.Table.Name(f.Name, f, s.LocalNames())
 	switch v.Kind {
 	case routes.Refused, routes.NXDomain:
 		x.DNS = fmt.Sprintf("answered %v: %s", v.Kind, v.Why)
-		x.decide(v.Rule, "")
+		x.decide(f, v.Rule)
 	case routes.Real:
 		x.DNS = "resolved here, real addresses: " + v.Why
 		x.note("the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
 		f.Name = ""
-		x.decide(s.Table.Match(f), "")
+		x.decide(f, s.Table.Match(f))
 	case routes.RealDirect:
 		x.DNS = "resolved here, real addresses, which enter the kernel's DIRECT set: " + v.Why
 		r := s.Table.Match(f)
-		if r.Action == routes.Direct {
+		if r.ActionFor(f.Network) == routes.Direct {
 			x.Kernel = "DIRECT by the set of admitted addresses, never in user space"
-			x.addressRule(s.Table, r)
+			x.addressRule(s.Table, f, r)
 		} else {
 			x.note("this port is not DIRECT and the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
 			f.Name = ""
 			r = s.Table.Match(f)
 		}
-		x.decide(r, "")
+		x.decide(f, r)
 	case routes.LocalFirst:
 		x.DNS = "resolved here if it can be, else a synthetic address: " + v.Why
 		x.note("the verdict is for the synthetic address; if the name resolves here its address decides")
-		x.decide(s.Table.Match(f), "")
+		x.decide(f, s.Table.Match(f))
 	default:
 		x.DNS = "a synthetic address: " + v.Why
-		x.Kernel = toSynthetic(f)
 		r := s.Table.Match(f)
-		x.addressRule(s.Table, r)
-		x.decide(r, "")
+		x.Kernel = synthetic + here(f, r)
+		x.addressRule(s.Table, f, r)
+		x.decide(f, r)
 	}
-	if s.Config == nil {
-		x.Kernel = ""
-	}
-	return x
 }
 
 // addressRule says that a name which is DIRECT is so only at addresses that no
 // earlier rule takes.
-func (x *explanation) addressRule(t *routes.Table, r *routes.Rule) {
-	if before := t.AddressRule(r, flow.TCP); r.Action == routes.Direct && before != nil {
+func (x *explanation) addressRule(t *routes.Table, f flow.Flow, r *routes.Rule) {
+	if before := t.AddressRule(r, f.Network); r.ActionFor(f.Network) == routes.Direct && before != nil {
 		x.note("an address that an earlier rule names is not DIRECT, as by " + before.Position() + ": " + before.Text)
 	}
 }
 
-const noUDP = "refused in nftables with ICMP port unreachable: UDP is not carried yet, whatever the verdict"
+const dnsPort = 53
 
-// toSynthetic is what the kernel does with a flow to a synthetic address.
-func toSynthetic(f flow.Flow) string {
-	if f.Network == flow.UDP {
-		return noUDP
+// synthetic is what the kernel does with a flow to a synthetic address.
+const synthetic = "diverted to user space, as every synthetic address"
+
+// here is what user space does with a flow that a rule decides, if it does not
+// ask the rule's servers to carry it.
+func here(f flow.Flow, r *routes.Rule) string {
+	switch {
+	case r.ActionFor(f.Network) == routes.Direct:
+		return "; this host resolves the name and dials it"
+	case r.ActionFor(f.Network) == routes.Deny && f.Network == flow.UDP:
+		return "; each datagram is refused there with ICMP admin-prohibited"
+	case r.ActionFor(f.Network) == routes.Deny:
+		return "; refused there with a reset"
+	case !carried(f, r):
+		return "; each datagram is refused there with ICMP port unreachable"
 	}
-	return "diverted to user space, as every synthetic address"
+	return ""
+}
+
+// carried tells whether a server of the rule will be asked to carry the flow.
+// What is a question goes as DNS over TCP where UDP has no way.
+func carried(f flow.Flow, r *routes.Rule) bool {
+	return f.Network != flow.UDP || r.CarriesUDP() || f.Dst.Port() == dnsPort
 }
 
 // address explains a flow to a real (or synthetic) address.
 func (x *explanation) address(s *daemon.Setup, f flow.Flow) {
 	if s.Config != nil && (s.Config.DNS.Pool4.Contains(f.Dst.Addr()) || s.Config.DNS.Pool6.Contains(f.Dst.Addr())) {
-		x.Kernel = toSynthetic(f)
+		x.Kernel = synthetic
 		x.Rule = "the address is synthetic: the name that owns it decides; without one the flow is refused"
 		x.Verdict = "DENY"
 		return
@@ -189,37 +217,60 @@ func (x *explanation) address(s *daemon.Setup, f flow.Flow) {
 		own = ownPrefixes()
 	}
 	rule, implicit := s.Table.MatchAll(f, own)
-	switch {
-	case s.Config == nil:
-	case implicit != "" || rule.Action == routes.Direct:
-		x.Kernel = "DIRECT in nftables, never in user space"
-	case rule.Action == routes.Deny:
-		x.Kernel = "refused in nftables at the first packet"
-	case f.Network == flow.UDP:
-		x.Kernel = noUDP
-	default:
-		x.Kernel = "diverted to user space"
-	}
-	x.decide(rule, implicit)
-}
-
-// decide takes over the rule, or the implicit one, as the verdict.
-func (x *explanation) decide(r *routes.Rule, implicit string) {
 	if implicit != "" {
+		x.Kernel = "DIRECT in nftables, never in user space"
 		x.Rule, x.Verdict = "implicit: "+implicit, "DIRECT"
 		return
 	}
+	switch a := rule.ActionFor(f.Network); {
+	case a == routes.Direct:
+		x.Kernel = "DIRECT in nftables, never in user space"
+	case a == routes.Deny && f.Network == flow.UDP:
+		x.Kernel = "refused in nftables, each datagram with ICMP admin-prohibited"
+	case a == routes.Deny:
+		x.Kernel = "refused in nftables at the first packet"
+	default:
+		x.Kernel = "diverted to user space" + here(f, rule)
+	}
+	x.decide(f, rule)
+}
+
+// decide takes over the rule as the verdict.
+func (x *explanation) decide(f flow.Flow, r *routes.Rule) {
 	x.Rule = r.Position() + ": " + r.Text
-	x.Verdict = r.Action.String()
-	if r.Action == routes.Direct || r.Action == routes.Deny {
+	action := r.ActionFor(f.Network)
+	x.Verdict = action.String()
+	if action == routes.Direct || action == routes.Deny {
 		return
 	}
+	if !carried(f, r) {
+		x.note("every server of the rule has udp=off")
+		x.Verdict = routes.Deny.String()
+		return
+	}
+	var off []string
 	for _, c := range r.Servers {
 		x.Servers = append(x.Servers, c.String())
+		if c[len(c)-1].UDP == routes.UDPOff {
+			off = append(off, c.String())
+		}
 	}
 	x.Order = "the next one if a server is at fault"
+	each := "flow"
+	if f.Network == flow.UDP && !x.question {
+		x.Order = "by UDP ASSOCIATE, the next one if a server is at fault or carries no UDP"
+		each = "client socket"
+		if len(off) > 0 {
+			x.note("never asked to carry UDP, by udp=off: " + strings.Join(off, ", "))
+		}
+		if f.Dst.Port() == dnsPort {
+			x.note("where no server carries UDP a question goes through them as DNS over TCP")
+		} else {
+			x.note("where no server carries UDP each datagram is refused with ICMP port unreachable")
+		}
+	}
 	if r.Balance == routes.Random {
-		x.Order = "a random order for each flow (BALANCE), the next one if a server is at fault"
+		x.Order = "a random order for each " + each + " (BALANCE), " + x.Order
 	}
 	x.Verdict += " " + strings.Join(x.Servers, ",")
 }
