@@ -1,6 +1,6 @@
-// Package socksserver is a small SOCKS5 server (RFC 1928: CONNECT; RFC 1929)
-// for the demonstration and for tests, which can script its faults. It is not
-// meant to serve anybody else.
+// Package socksserver is a small SOCKS5 server (RFC 1928: CONNECT and UDP
+// ASSOCIATE; RFC 1929) for the demonstration and for tests, which can script
+// its faults. It is not meant to serve anybody else.
 package socksserver
 
 import (
@@ -20,9 +20,10 @@ import (
 
 // Request is what a client asked for.
 type Request struct {
-	Client netip.AddrPort
-	User   string // empty: no authentication
-	Target flow.Target
+	Client  netip.AddrPort
+	User    string       // empty: no authentication
+	Network flow.Network // flow.UDP: UDP ASSOCIATE
+	Target  flow.Target
 }
 
 // Stage is a point of the conversation.
@@ -46,13 +47,17 @@ type Fault struct {
 	Bytes   bool          // send answers a byte at a time
 }
 
-// Server is one SOCKS5 server. Its fields are set before Serve.
+// Server is one SOCKS5 server. Its fields are set before Serve. It is not to be
+// copied after that.
 type Server struct {
 	Dial      func(ctx context.Context, network, addr string) (net.Conn, error) // nil: from this host
-	Resolve   func(name string) (netip.Addr, error)                             // nil: Dial resolves
+	Resolve   func(name string) (netip.Addr, error)                             // nil: Dial resolves, and this host for datagrams
 	Auth      func(user, password string) bool                                  // nil: no authentication
 	OnRequest func(Request)                                                     // nil: nobody wants to know
 	Fault     Fault
+	UDP       UDP
+
+	associations
 }
 
 // Serve serves ln until ctx ends, and returns when every connection of it has
@@ -82,11 +87,15 @@ func (s *Server) serve(ctx context.Context, c net.Conn) {
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	defer c.Close()
-	target, err := s.handshake(ctx, c)
+	r, err := s.handshake(ctx, c)
 	if err != nil {
 		return
 	}
-	server, rep := s.connect(ctx, target)
+	if r.Network == flow.UDP {
+		s.associate(ctx, c, r.Target)
+		return
+	}
+	server, rep := s.connect(ctx, r.Target)
 	if s.Fault.Reply != 0 {
 		rep = s.Fault.Reply
 	}
@@ -115,7 +124,7 @@ func addrBytes(a netip.Addr) []byte {
 }
 
 // handshake reads greeting, authentication and request.
-func (s *Server) handshake(ctx context.Context, c net.Conn) (t flow.Target, err error) {
+func (s *Server) handshake(ctx context.Context, c net.Conn) (r Request, err error) {
 	b := make([]byte, 513)
 	read := func(n int) []byte {
 		if err == nil {
@@ -124,11 +133,11 @@ func (s *Server) handshake(ctx context.Context, c net.Conn) (t flow.Target, err 
 		return b[:n]
 	}
 	if n := read(2); err == nil && n[0] != 5 {
-		return t, errors.New("socksserver: not SOCKS5")
+		return r, errors.New("socksserver: not SOCKS5")
 	}
 	offered := read(int(b[1]))
 	if err != nil {
-		return t, err
+		return r, err
 	}
 	method := byte(0)
 	if s.Auth != nil {
@@ -138,12 +147,11 @@ func (s *Server) handshake(ctx context.Context, c net.Conn) (t flow.Target, err 
 		method = 0xff
 	}
 	if err := s.answer(ctx, c, AtGreeting, []byte{5, method}); err != nil {
-		return t, err
+		return r, err
 	}
 	if method == 0xff {
-		return t, errors.New("socksserver: the client does not offer the method")
+		return r, errors.New("socksserver: the client does not offer the method")
 	}
-	r := Request{}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		r.Client = a.AddrPort()
 	}
@@ -153,24 +161,22 @@ func (s *Server) handshake(ctx context.Context, c net.Conn) (t flow.Target, err 
 		read(1)
 		password := string(read(int(b[0])))
 		if err != nil {
-			return t, err
+			return r, err
 		}
 		status := byte(1)
 		if s.Auth(r.User, password) {
 			status = 0
 		}
 		if err := s.answer(ctx, c, AtAuth, []byte{1, status}); err != nil || status != 0 {
-			return t, errors.Join(err, errScripted)
+			return r, errors.Join(err, errScripted)
 		}
 	}
 	head := read(4)
 	if err != nil {
-		return t, err
+		return r, err
 	}
-	if head[1] != 1 {
-		c.Write([]byte{5, 7, 0, 1, 0, 0, 0, 0, 0, 0})
-		return t, errors.New("socksserver: only CONNECT")
-	}
+	command := head[1]
+	var t flow.Target
 	switch head[3] {
 	case 1:
 		t.Addr = netip.AddrFrom4([4]byte(read(4)))
@@ -181,14 +187,22 @@ func (s *Server) handshake(ctx context.Context, c net.Conn) (t flow.Target, err 
 		t.Addr = netip.AddrFrom16([16]byte(read(16)))
 	default:
 		c.Write([]byte{5, 8, 0, 1, 0, 0, 0, 0, 0, 0})
-		return t, errors.New("socksserver: unknown address type")
+		return r, errors.New("socksserver: unknown address type")
 	}
 	t.Port = binary.BigEndian.Uint16(read(2))
 	r.Target = t
+	switch command {
+	case 1:
+	case 3:
+		r.Network = flow.UDP
+	default:
+		c.Write([]byte{5, 7, 0, 1, 0, 0, 0, 0, 0, 0})
+		return r, errors.New("socksserver: only CONNECT and UDP ASSOCIATE")
+	}
 	if err == nil && s.OnRequest != nil {
 		s.OnRequest(r)
 	}
-	return t, err
+	return r, err
 }
 
 // answer sends b, or does what the script says of this stage.

@@ -117,7 +117,7 @@ func TestFault(t *testing.T) {
 		{"bytes", Fault{Bytes: true}, []string{greeting, "", auth, "", request, "", "", ""}, "05 02 01 00 05 00 00 01", 7 * time.Millisecond},
 		{"not offered", Fault{}, []string{"\x05\x01\x00", ""}, "05ff EOF", 0},
 		{"wrong password", Fault{}, []string{greeting, "\x01\x05alice\x01x", ""}, "0502 0101 EOF", 0},
-		{"not CONNECT", Fault{}, []string{greeting, auth, "\x05\x03\x00\x01"}, "0502 0100 05070001000000000000", 0},
+		{"BIND", Fault{}, []string{greeting, auth, "\x05\x02\x00\x01\x7f\x00\x00\x01\x00\x50"}, "0502 0100 05070001000000000000", 0},
 		{"address type", Fault{}, []string{greeting, auth, "\x05\x01\x00\x02"}, "0502 0100 05080001000000000000", 0},
 		{"SOCKS4", Fault{}, []string{"\x04\x01"}, "EOF", 0},
 	}
