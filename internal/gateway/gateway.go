@@ -42,6 +42,7 @@ type Names interface {
 // Connector carries a target through the first server of a list that can.
 type Connector interface {
 	Connect(ctx context.Context, servers []*upstream.Server, balance bool, t flow.Target) (net.Conn, *upstream.Server, error)
+	Associate(ctx context.Context, servers []*upstream.Server, balance bool, first *upstream.Server) (*upstream.Association, error)
 }
 
 // Options is what a Gateway is made of. All fields but Log are needed.
@@ -50,8 +51,10 @@ type Options struct {
 	Upstream  Connector // its connections must be the Engine's
 	Engine    *relay.Engine
 	Dial      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) // DIRECT, from this host, by the Engine
+	DialUDP   func(to netip.AddrPort) (*relay.Packet, error)                 // DIRECT, from this host
 	Resolve   func(ctx context.Context, name string) ([]netip.Addr, error)   // for DIRECT by name
 	Interface func(c *relay.Conn, wanted bool) (string, error)               // where it entered; empty: this host's own flow, or not wanted
+	Entered   func(ifIndex int) (string, error)                              // name of the interface that a datagram came in by; empty: this host's own
 	Gone      func(*relay.Conn) bool                                         // has its peer reset it, or was it closed here?
 	Index     func(ifindex int) string                                       // name of an interface; empty: this host's own
 	Own       func(netip.AddrPort) bool                                      // is it a listener of ours?
@@ -154,14 +157,8 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 	if f.InIf, err = g.o.Interface(c, p.table.UsesInterfaces()); err != nil {
 		return nil, err
 	}
-	if g.o.Names.Contains(f.Dst.Addr()) {
-		name, ok := g.o.Names.Lookup(f.Dst.Addr())
-		if !ok {
-			return nil, errUnowned
-		}
-		f.Name = name
-		g.o.Names.Pin(f.Dst.Addr())
-		l.pinned = true
+	if err := g.name(l); err != nil {
+		return nil, err
 	}
 	l.rule = p.table.Match(*f)
 	p.hits[l.rule.Index].Add(1)
@@ -175,6 +172,23 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 	}
 	conn, l.via, err = g.o.Upstream.Connect(ctx, p.servers[l.rule.Index], l.rule.Balance == routes.Random, f.Target())
 	return conn, err
+}
+
+// name gives a flow to a synthetic address its name, which stays the address's
+// as long as the flow lives.
+func (g *Gateway) name(l *live) error {
+	f := &l.flow
+	if !g.o.Names.Contains(f.Dst.Addr()) {
+		return nil
+	}
+	name, ok := g.o.Names.Lookup(f.Dst.Addr())
+	if !ok {
+		return errUnowned
+	}
+	f.Name = name
+	g.o.Names.Pin(f.Dst.Addr())
+	l.pinned = true
+	return nil
 }
 
 // direct connects from this host: to the address, or in turn to those of the
@@ -191,27 +205,34 @@ func (g *Gateway) direct(ctx context.Context, l *live) (net.Conn, error) {
 	err = fmt.Errorf("gateway: %s has no address", f.Name)
 	end, _ := ctx.Deadline()
 	for i, a := range addrs {
-		to := netip.AddrPortFrom(a, f.Dst.Port())
-		// A name must not open what this host offers to itself alone.
-		if g.o.Own(to) || g.o.Names.Contains(a) || a.IsLoopback() || a.IsUnspecified() {
-			err = errLoop
-			continue
-		}
-		l.at = to
-		if r := decides(l.plan.table, l); r != l.rule {
-			err = fmt.Errorf("gateway: %s is at %s, which goes by %s", f.Name, a, r.Position())
+		if err = g.mayDial(l, a); err != nil {
 			continue
 		}
 		// An equal share of what is left, for an address that is silent.
 		share, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(len(addrs)-i))
-		conn, dialErr := g.o.Dial(share, to)
+		var conn net.Conn
+		conn, err = g.o.Dial(share, l.at)
 		cancel()
-		if dialErr == nil {
+		if err == nil {
 			return conn, nil
 		}
-		err = dialErr
 	}
 	return nil, err
+}
+
+// mayDial tells whether this host may dial an address of the flow's name, and
+// if so notes it as where the flow goes.
+func (g *Gateway) mayDial(l *live, a netip.Addr) error {
+	to := netip.AddrPortFrom(a, l.flow.Dst.Port())
+	// A name must not open what this host offers to itself alone.
+	if g.o.Own(to) || g.o.Names.Contains(a) || a.IsLoopback() || a.IsUnspecified() {
+		return errLoop
+	}
+	l.at = to
+	if r := decides(l.plan.table, l); r != l.rule {
+		return fmt.Errorf("gateway: %s is at %s, which goes by %s", l.flow.Name, a, r.Position())
+	}
+	return nil
 }
 
 // decides returns the rule for a flow. One that is DIRECT by its name, and is
@@ -219,12 +240,12 @@ func (g *Gateway) direct(ctx context.Context, l *live) (net.Conn, error) {
 // to it: the table is asked for both, as before an address is admitted (R1).
 func decides(t *routes.Table, l *live) *routes.Rule {
 	r := t.Match(l.flow)
-	if r.Action != routes.Direct || !l.at.IsValid() {
+	if r.ActionFor(l.flow.Network) != routes.Direct || !l.at.IsValid() {
 		return r
 	}
 	f := l.flow
 	f.Name, f.Dst = "", l.at
-	if earlier := t.Match(f); earlier.Index < r.Index && earlier.Action != routes.Direct {
+	if earlier := t.Match(f); earlier.Index < r.Index && earlier.ActionFor(f.Network) != routes.Direct {
 		return earlier
 	}
 	return r

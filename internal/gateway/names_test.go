@@ -231,6 +231,10 @@ func (c *connector) Connect(_ context.Context, servers []*upstream.Server, balan
 	return nil, nil, errNoNetwork
 }
 
+func (c *connector) Associate(context.Context, []*upstream.Server, bool, *upstream.Server) (*upstream.Association, error) {
+	return nil, errNoNetwork
+}
+
 func TestDialRemote(t *testing.T) {
 	const servers = "SERVER a 192.0.2.1\nSERVER b 192.0.2.2\nSERVER c 192.0.2.3\n"
 	tests := []struct {

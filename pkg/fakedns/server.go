@@ -346,6 +346,33 @@ func finish(req, resp *dns.Msg, udp bool) {
 	}
 }
 
+// Fit returns an answer that came by TCP as it may go by UDP: with TC and
+// without what is too long, if it does not fit into what the question says the
+// client takes (RFC 6891; 512 bytes if it says nothing). What is no DNS is
+// returned as it is.
+func Fit(question, answer []byte) []byte {
+	if len(answer) <= dns.MinMsgSize {
+		return answer
+	}
+	var q, a dns.Msg
+	if q.Unpack(question) != nil || a.Unpack(answer) != nil {
+		return answer
+	}
+	size := dns.MinMsgSize
+	if opt := q.IsEdns0(); opt != nil {
+		size = max(size, int(opt.UDPSize()))
+	}
+	if len(answer) <= size {
+		return answer
+	}
+	a.Compress = true
+	a.Truncate(size)
+	if b, err := a.Pack(); err == nil {
+		return b
+	}
+	return answer
+}
+
 // ServeTCP answers DNS over TCP on ln until ctx ends. It closes ln.
 func (s *Server) ServeTCP(ctx context.Context, ln net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { ln.Close() })

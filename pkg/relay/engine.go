@@ -21,8 +21,8 @@ type Options struct {
 	MaxPipes int // pipes that may exist at once; 0: 128
 	// MaxConns bounds the sockets of the engine, accepted and dialled. Half of
 	// them at most are accepted ones, so that each can get its counterpart.
-	// 0: what RLIMIT_NOFILE leaves when MaxPipes pipes and a reserve of 128
-	// descriptors for the rest of the process are taken off.
+	// 0: what RLIMIT_NOFILE leaves when a quarter for UDP, MaxPipes pipes and a
+	// reserve of 128 descriptors for the rest of the process are taken off.
 	MaxConns int
 	Log      *slog.Logger // nil: silent
 
@@ -249,9 +249,10 @@ func connsFor(pipes int) (int, error) {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
 		return 0, os.NewSyscallError("getrlimit", err)
 	}
-	n := int(min(r.Cur, maxFD)) - 2*pipes - reserveFDs
+	limit := int(min(r.Cur, maxFD))
+	n := limit - limit/udpShare - 2*pipes - reserveFDs
 	if n < 2 {
-		return 0, fmt.Errorf("relay: RLIMIT_NOFILE is %d: %d pipes and a reserve of %d leave no descriptors for flows", r.Cur, pipes, reserveFDs)
+		return 0, fmt.Errorf("relay: RLIMIT_NOFILE is %d: %d pipes, a reserve of %d and what is kept for UDP leave no descriptors for flows", r.Cur, pipes, reserveFDs)
 	}
 	return n, nil
 }

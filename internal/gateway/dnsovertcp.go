@@ -1,0 +1,98 @@
+package gateway
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/fakedns"
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/relay"
+	"github.com/tproxyd/tproxyd/pkg/socks"
+	"github.com/tproxyd/tproxyd/pkg/upstream"
+)
+
+const (
+	dnsAtOnce = 16               // questions of one client socket that are under way
+	dnsLimit  = 10 * time.Second // for an answer
+)
+
+// dnsOutlet carries DNS questions through servers without UDP: each as DNS over
+// TCP (RFC 7766) to the resolver that its header names. What it reads and
+// writes has the headers of an association, so the relay sees no difference.
+func (g *Gateway) dnsOutlet(servers []*upstream.Server, balance bool) (relay.Outlet, error) {
+	socket, f, err := relay.PacketPair()
+	if err != nil {
+		return relay.Outlet{}, err
+	}
+	go func() {
+		// It ends when the relay closes its socket of the pair.
+		ctx, cancel := context.WithCancel(context.Background())
+		defer f.Close()
+		defer cancel()
+		slots := make(chan struct{}, dnsAtOnce)
+		for {
+			b := make([]byte, 64<<10)
+			n, err := f.Read(b)
+			if err != nil {
+				return
+			}
+			select {
+			case slots <- struct{}{}:
+			default:
+				continue // the client asks again
+			}
+			go func() {
+				defer func() { <-slots }()
+				if answer, err := g.askOverTCP(ctx, servers, balance, b[:n]); err == nil {
+					f.Write(answer)
+				}
+			}()
+		}
+	}()
+	return relay.Outlet{Socket: socket}, nil
+}
+
+// askOverTCP carries one question, behind its header, and returns the answer
+// behind the same header.
+func (g *Gateway) askOverTCP(ctx context.Context, servers []*upstream.Server, balance bool, d []byte) ([]byte, error) {
+	addr, name, n, err := socks.ParseUDPHeader(d)
+	if err != nil {
+		return nil, err
+	}
+	question := d[n:]
+	if len(question) == 0 {
+		return nil, errors.New("gateway: no DNS question")
+	}
+	ctx, cancel := context.WithTimeout(ctx, dnsLimit)
+	defer cancel()
+	conn, _, err := g.o.Upstream.Connect(ctx, servers, balance, flow.Target{Name: string(name), Addr: addr.Addr(), Port: addr.Port()})
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	answer, err := exchange(conn, question)
+	if err != nil {
+		return nil, err
+	}
+	return append(d[:n:n], fakedns.Fit(question, answer)...), nil
+}
+
+// exchange asks and reads the answer (RFC 1035 section 4.2.2).
+func exchange(conn net.Conn, question []byte) ([]byte, error) {
+	msg := binary.BigEndian.AppendUint16(nil, uint16(len(question)))
+	if _, err := conn.Write(append(msg, question...)); err != nil {
+		return nil, err
+	}
+	var length [2]byte
+	if _, err := io.ReadFull(conn, length[:]); err != nil {
+		return nil, err
+	}
+	answer := make([]byte, binary.BigEndian.Uint16(length[:]))
+	_, err := io.ReadFull(conn, answer)
+	return answer, err
+}

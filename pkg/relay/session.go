@@ -1,0 +1,226 @@
+package relay
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+)
+
+// session is a client socket with all that it sends to.
+type session struct {
+	client  netip.AddrPort
+	ifIndex int
+	start   time.Time
+	flows   int // now
+	outlets []*outlet
+	via     []lastVia
+	result  SessionResult
+}
+
+// udpFlow is what a session sends to one destination.
+type udpFlow struct {
+	s       *session
+	dst     netip.AddrPort
+	src     flow.PacketSource // whose raw sender the answers leave by
+	verdict Verdict
+	out     *outlet // nil: none, or refused
+	fd      int32   // socket of its own; -1: none
+	seen    int     // datagrams, while it has none
+	super   int     // see burst.send
+	epoch   uint32  // of the verdict
+	last    uint32  // tick of the last datagram
+	retry   uint32  // tick; the way is not tried again before
+	told    uint32  // tick of the last TooBig, plus one
+	failed  bool    // the way could not be opened
+	failure Refusal // what the client was told of it
+	closed  bool
+
+	head, tail int8 // datagrams in shard.batch; -1: none
+
+	list       *flowList
+	prev, succ *udpFlow
+}
+
+// flowList keeps flows in the order of their last datagram.
+type flowList struct{ first, last *udpFlow }
+
+func (l *flowList) add(f *udpFlow) {
+	f.list, f.prev, f.succ = l, l.last, nil
+	if l.last != nil {
+		l.last.succ = f
+	} else {
+		l.first = f
+	}
+	l.last = f
+}
+
+func (l *flowList) remove(f *udpFlow) {
+	if f.prev != nil {
+		f.prev.succ = f.succ
+	} else {
+		l.first = f.succ
+	}
+	if f.succ != nil {
+		f.succ.prev = f.prev
+	} else {
+		l.last = f.prev
+	}
+	f.list, f.prev, f.succ = nil, nil, nil
+}
+
+// find returns the flow that a client's datagram belongs to, a new one if need
+// be; nil if there is no room for one.
+func (sh *shard) find(src flow.PacketSource, d *flow.Datagram) *udpFlow {
+	f := sh.flows[flowKey{d.Src, d.Dst}]
+	if f == nil {
+		f = sh.newFlow(src, d.Src, d.Dst, d.IfIndex)
+	}
+	return f
+}
+
+// newFlow makes a flow, and a session if it is the first of its client socket,
+// and decides it.
+func (sh *shard) newFlow(src flow.PacketSource, client, dst netip.AddrPort, ifIndex int) *udpFlow {
+	s := sh.sessions[client]
+	if s != nil && s.flows >= maxSessionFlows {
+		return nil
+	}
+	for len(sh.flows) >= share(sh.u.o.MaxFlows, len(sh.u.shards)) || s == nil && len(sh.sessions) >= share(sh.u.o.MaxSessions, len(sh.u.shards)) {
+		sh.evict()
+		s = sh.sessions[client] // it can have been the last flow of this very session
+	}
+	if s == nil {
+		s = &session{client: client, ifIndex: ifIndex, start: time.Now()}
+		s.result = SessionResult{Client: client, IfIndex: ifIndex, Dst: dst}
+		sh.sessions[client] = s
+		sh.u.sessions.Add(1)
+		sh.u.opened.Add(1)
+	}
+	f := &udpFlow{s: s, dst: dst, src: src, fd: -1, super: maxSuper, head: -1, tail: -1, last: sh.now}
+	s.flows++
+	s.result.Flows++
+	sh.flows[flowKey{client, dst}] = f
+	sh.u.flows.Add(1)
+	sh.decide(f)
+	return f
+}
+
+// share is the part of a limit that one of n shards has.
+func share(limit, n int) int { return max((limit+n-1)/n, 1) }
+
+// decide asks what becomes of a flow, and takes it out of an outlet that is not
+// its way any longer.
+func (sh *shard) decide(f *udpFlow) {
+	f.epoch = sh.u.epoch.Load() // before Decide, which may see a later plan
+	old := f.verdict.Release
+	f.verdict = sh.u.o.Decide(f.s.client, f.dst, f.s.ifIndex)
+	if old != nil {
+		old() // after the new verdict has taken what it wants to keep
+	}
+	note(&f.s.result.Why, f.verdict.Why)
+	f.failed = false
+	if o := f.out; o != nil {
+		sh.detach(f)
+		if f.verdict.Way != nil && !o.closed && o.takes(f) {
+			sh.attach(f, o)
+		} else if o.flows == 0 {
+			sh.closeOutlet(o)
+		}
+	}
+	sh.list(f)
+}
+
+// list puts a flow at the end of the list that its verdict belongs to.
+func (sh *shard) list(f *udpFlow) {
+	if f.list != nil {
+		f.list.remove(f)
+	}
+	if f.verdict.Short || f.verdict.Way == nil {
+		sh.brief.add(f)
+	} else {
+		sh.long.add(f)
+	}
+}
+
+// touch notes that a flow is used, and has it decided anew after Invalidate.
+func (sh *shard) touch(f *udpFlow) {
+	if f.last != sh.now {
+		f.last = sh.now
+		sh.list(f)
+	}
+	if f.epoch != sh.u.epoch.Load() {
+		sh.decide(f)
+	}
+}
+
+// closeFlow ends a flow, and its outlet and its session if it was their last.
+func (sh *shard) closeFlow(f *udpFlow) {
+	if f.closed {
+		return
+	}
+	f.closed = true
+	s := f.s
+	delete(sh.flows, flowKey{s.client, f.dst})
+	f.list.remove(f)
+	sh.u.flows.Add(-1)
+	if f.fd >= 0 {
+		sh.forget(int(f.fd))
+		rawClose(int(f.fd))
+		sh.giveSocket()
+		f.fd = -1
+	}
+	if o := f.out; o != nil {
+		if sh.detach(f); o.flows == 0 {
+			sh.closeOutlet(o)
+		}
+	}
+	if f.verdict.Release != nil {
+		f.verdict.Release()
+	}
+	if s.flows--; s.flows > 0 {
+		return
+	}
+	delete(sh.sessions, s.client)
+	sh.u.sessions.Add(-1)
+	if sh.u.o.Done != nil {
+		s.result.Duration = time.Since(s.start)
+		sh.u.o.Done(s.result)
+	}
+}
+
+// expire ends the flows that nothing moved in for too long.
+func (sh *shard) expire() {
+	for _, l := range []struct {
+		list  *flowList
+		limit uint32
+	}{{&sh.long, sh.u.idle.Load()}, {&sh.brief, sh.u.short.Load()}} {
+		// The tick under way counts for nothing, so that no limit is cut short.
+		for f := l.list.first; f != nil && sh.now-f.last > l.limit; f = l.list.first {
+			sh.closeFlow(f)
+		}
+	}
+}
+
+// evict ends the flow that was not used for the longest time.
+func (sh *shard) evict() { sh.evictOther(nil) }
+
+// evictOther does so unless it is the one given; false if there is no other.
+func (sh *shard) evictOther(but *udpFlow) bool {
+	var oldest *udpFlow
+	for _, l := range []*flowList{&sh.brief, &sh.long} {
+		f := l.first
+		if f != nil && f == but {
+			f = f.succ
+		}
+		if f != nil && (oldest == nil || int32(f.last-oldest.last) < 0) {
+			oldest = f
+		}
+	}
+	if oldest == nil {
+		return false
+	}
+	sh.u.evicted.Add(1)
+	sh.closeFlow(oldest)
+	return true
+}

@@ -1,0 +1,321 @@
+package relay
+
+import (
+	"net/netip"
+	"runtime"
+	"sync"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"golang.org/x/sys/unix"
+)
+
+// shard is a loop that owns sessions: everything of them happens on its one
+// goroutine, so nothing of them is locked. Only post, wake and stop may be
+// called from elsewhere.
+type shard struct {
+	poller
+	u       *UDP
+	sources []flow.PacketSource
+	refs    []ref // by descriptor: whose it is
+	gen     uint32
+	now     uint32 // the tick that was served last
+
+	sessions map[netip.AddrPort]*session // by client socket
+	flows    map[flowKey]*udpFlow
+	long     flowList // in the order of their last datagram
+	brief    flowList // the same, of those that go by the shorter limit
+
+	in      intake
+	out     burst
+	batch   [burstSize]flow.Datagram
+	next    [burstSize]int8 // of batch: the next one of the same flow
+	dirty   []*udpFlow      // have datagrams in batch
+	data    [][]byte        // of one flow, for one call
+	replies []flow.Datagram
+
+	mu     sync.Mutex
+	posted []func() // from outside
+	gone   bool     // the loop has ended
+}
+
+type flowKey struct{ client, dst netip.AddrPort }
+
+// ref tells whose descriptor it is; one field is set.
+type ref struct {
+	gen     uint32
+	source  flow.PacketSource
+	flow    *udpFlow
+	outlet  *outlet
+	control *outlet // it is the outlet's control connection
+}
+
+func newShard(u *UDP, sources []flow.PacketSource) (*shard, error) {
+	sh := &shard{u: u, sources: sources, sessions: map[netip.AddrPort]*session{}, flows: map[flowKey]*udpFlow{}}
+	if err := sh.open(); err != nil {
+		return nil, err
+	}
+	sh.in.init()
+	sh.out.init()
+	for i := range sh.batch {
+		sh.batch[i].Data = sh.in.buffer(i)
+	}
+	for _, src := range sources {
+		err := src.Control(func(fd int) error {
+			if e := sh.register(fd, ref{source: src}, unix.EPOLLIN); e != 0 {
+				return e
+			}
+			return nil
+		})
+		if err != nil {
+			sh.release()
+			return nil, err
+		}
+	}
+	return sh, nil
+}
+
+func (sh *shard) register(fd int, r ref, events uint32) unix.Errno {
+	if fd >= len(sh.refs) {
+		sh.refs = append(sh.refs, make([]ref, fd+1+len(sh.refs)/4-len(sh.refs))...)
+	}
+	sh.gen++
+	r.gen = sh.gen
+	e := sh.control(unix.EPOLL_CTL_ADD, int32(fd), r.gen, events)
+	if e == 0 {
+		sh.refs[fd] = r
+	}
+	return e
+}
+
+// forget is called before a registered descriptor is closed.
+func (sh *shard) forget(fd int) { sh.refs[fd] = ref{} }
+
+func (sh *shard) run() {
+	defer sh.leave()
+	if err := sh.watch(sh.turns); err != nil {
+		sh.u.log.Error("loop of datagrams ended", "err", err)
+	}
+}
+
+// leave ends the sessions. What is posted from now on is run by its poster.
+func (sh *shard) leave() {
+	sh.mu.Lock()
+	sh.gone = true
+	sh.mu.Unlock()
+	sh.serve()
+	for _, f := range sh.flows {
+		sh.closeFlow(f)
+	}
+	sh.release()
+}
+
+// turns serves what there is, and returns when the loop has to sleep. Sockets
+// are reported as long as there is something to read, so it looks once more
+// until there is none.
+func (sh *shard) turns(uintptr) (done bool) {
+	sh.awake.Store(true)
+	for {
+		n := sh.fetch()
+		for i := range sh.events[:n] {
+			sh.dispatch(&sh.events[i])
+		}
+		sh.serve()
+		if sh.stopped.Load() {
+			return true
+		}
+		if n > 0 {
+			// What the events above made ready runs now.
+			runtime.Gosched()
+			continue
+		}
+		sh.awake.Store(false)
+		if sh.waiting() {
+			sh.awake.Store(true)
+			continue
+		}
+		return false
+	}
+}
+
+func (sh *shard) dispatch(ev *unix.EpollEvent) {
+	if sh.woken(ev) {
+		return
+	}
+	r := sh.refs[ev.Fd]
+	switch {
+	case r.gen != uint32(ev.Pad): // it was closed after the event was fetched
+	case r.source != nil:
+		sh.fromClients(r.source)
+	case r.flow != nil:
+		sh.fromClient(r.flow)
+	case r.outlet != nil:
+		sh.fromOutlet(r.outlet)
+	case r.control != nil:
+		sh.closeOutlet(r.control)
+	}
+}
+
+// serve runs what was posted, and the clock.
+func (sh *shard) serve() {
+	sh.mu.Lock()
+	posted := sh.posted
+	sh.posted = nil
+	sh.mu.Unlock()
+	for _, f := range posted {
+		f()
+	}
+	if now := sh.u.now.Load(); now != sh.now {
+		sh.now = now
+		sh.expire()
+	}
+}
+
+func (sh *shard) waiting() bool {
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return len(sh.posted) > 0 || sh.now != sh.u.now.Load() || sh.stopped.Load()
+}
+
+// post has the loop run f; false if the loop has ended. Any goroutine may call
+// it.
+func (sh *shard) post(f func()) bool {
+	sh.mu.Lock()
+	if sh.gone {
+		sh.mu.Unlock()
+		return false
+	}
+	sh.posted = append(sh.posted, f)
+	sh.mu.Unlock()
+	sh.wake()
+	return true
+}
+
+// fromClients serves what came for flows without a socket of their own.
+func (sh *shard) fromClients(src flow.PacketSource) {
+	n, err := src.TryReadBatch(sh.batch[:])
+	if err != nil {
+		if !sh.stopped.Load() {
+			sh.u.log.Error("receiving datagrams", "err", err)
+		}
+		// It would be reported for ever.
+		src.Control(func(fd int) error { sh.forget(fd); sh.control(unix.EPOLL_CTL_DEL, int32(fd), 0, 0); return nil })
+		return
+	}
+	for i := range sh.batch[:n] {
+		d := &sh.batch[i]
+		f := sh.find(src, d)
+		if f == nil {
+			sh.u.drop(DropLimit, 1)
+			continue
+		}
+		sh.next[i] = -1
+		if f.tail < 0 {
+			f.head = int8(i)
+			sh.dirty = append(sh.dirty, f)
+		} else {
+			sh.next[f.tail] = int8(i)
+		}
+		f.tail = int8(i)
+	}
+	for i, f := range sh.dirty {
+		sh.dirty[i] = nil
+		sh.data = sh.data[:0]
+		for k := f.head; k >= 0; k = sh.next[k] {
+			sh.data = append(sh.data, sh.batch[k].Data)
+		}
+		f.head, f.tail = -1, -1
+		if !f.closed {
+			sh.up(f, sh.data)
+		}
+	}
+	sh.dirty = sh.dirty[:0]
+}
+
+// fromClient serves what came by a flow's own socket.
+func (sh *shard) fromClient(f *udpFlow) {
+	n, e := sh.in.receive(int(f.fd))
+	switch e {
+	case 0:
+	case unix.EAGAIN:
+		return
+	default:
+		sh.closeFlow(f) // the client's socket is gone: ICMP said so
+		return
+	}
+	sh.data = sh.data[:0]
+	for i := range n {
+		data, segment := sh.in.message(i)
+		sh.data = split(sh.data, data, segment)
+	}
+	sh.up(f, sh.data)
+}
+
+// split appends the datagrams that a message consists of.
+func split(list [][]byte, data []byte, segment int) [][]byte {
+	for len(data) > segment {
+		list = append(list, data[:segment])
+		data = data[segment:]
+	}
+	return append(list, data)
+}
+
+// fromOutlet serves what came back. Datagrams of one flow that follow one
+// another go together.
+func (sh *shard) fromOutlet(o *outlet) {
+	n, e := sh.in.receive(int(o.fd))
+	if e != 0 {
+		if e != unix.EAGAIN {
+			sh.brokenOutlet(o, e)
+		}
+		return
+	}
+	var to *udpFlow
+	sh.data = sh.data[:0]
+	for i := range n {
+		data, segment := sh.in.message(i)
+		if len(data) == 0 && o.socket.pair {
+			sh.brokenOutlet(o, unix.EPIPE)
+			return
+		}
+		for more := true; more; {
+			d := data
+			if more = len(data) > segment; more {
+				d, data = data[:segment], data[segment:]
+			}
+			if o.closed {
+				break // by what was delivered before
+			}
+			f, payload := sh.sender(o, d)
+			if f != to {
+				sh.down(to, sh.data)
+				to, sh.data = f, sh.data[:0]
+			}
+			if f != nil {
+				sh.data = append(sh.data, payload)
+			}
+		}
+	}
+	sh.down(to, sh.data)
+}
+
+// sender returns the flow that a datagram of an outlet is an answer to, and
+// what is behind its header; nil if it is dropped.
+func (sh *shard) sender(o *outlet, d []byte) (*udpFlow, []byte) {
+	if o.bare != nil {
+		return o.bare, d
+	}
+	from, name, n, err := sh.u.o.Header(d)
+	if err != nil || len(name) == 0 && !from.IsValid() {
+		sh.u.drop(DropMalformed, 1)
+		return nil, nil
+	}
+	f := o.answers(from, len(name) > 0)
+	if f == nil && len(name) == 0 {
+		f = sh.stranger(o, from)
+	}
+	if f == nil {
+		sh.u.drop(DropStranger, 1)
+		return nil, nil
+	}
+	return f, d[n:]
+}
