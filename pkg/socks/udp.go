@@ -20,7 +20,7 @@ var (
 // AppendUDPHeader appends the header of a datagram to t (RFC 1928 section 7),
 // which is not a fragment. The error is ErrTooLong.
 func AppendUDPHeader(b []byte, t flow.Target) ([]byte, error) {
-	if t.Name != "" && !fits(t.Name) {
+	if t.Name != "" && !fits(t.Name) || t.Name == "" && !t.Addr.IsValid() {
 		return b, ErrTooLong
 	}
 	return appendTarget(append(b, 0, 0, 0), t), nil
@@ -49,7 +49,7 @@ func ParseUDPHeader(b []byte) (from netip.AddrPort, name []byte, n int, err erro
 		}
 	case addrDomain:
 		if n = 4 + 1 + int(b[4]) + 2; len(b) >= n {
-			name = b[5 : n-2]
+			name = b[5 : n-2 : n-2]
 		}
 	}
 	if n == 0 || len(b) < n || b[3] == addrDomain && len(name) == 0 {

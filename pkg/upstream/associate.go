@@ -34,7 +34,7 @@ type PacketSocket interface {
 type Association struct {
 	Control net.Conn     // what Options.Dial returned
 	Socket  PacketSocket // connected to Relay
-	Server  *Server
+	Server  *Server      // that made it
 	Relay   netip.AddrPort
 }
 
@@ -45,11 +45,14 @@ func (a *Association) Close() error { return errors.Join(a.Control.Close(), a.So
 // Errors match it by errors.Is.
 var ErrNoUDP = errors.New("upstream: no UDP")
 
-// noUDP is ErrNoUDP with what the server said.
-type noUDP struct{ said error }
+// noUDP is ErrNoUDP with the reason.
+type noUDP struct {
+	why   error
+	asked bool // the server said so, just now
+}
 
-func (e *noUDP) Error() string        { return "carries no UDP: " + e.said.Error() }
-func (e *noUDP) Unwrap() error        { return e.said }
+func (e *noUDP) Error() string        { return "carries no UDP: " + e.why.Error() }
+func (e *noUDP) Unwrap() error        { return e.why }
 func (e *noUDP) Is(target error) bool { return target == ErrNoUDP }
 
 // Associate asks the servers for a UDP association, in their order as Connect
@@ -70,29 +73,30 @@ func (p *Pool) Associate(ctx context.Context, servers []*Server, balance bool, p
 	case err == nil:
 		p.good(s, func(h *health) { h.associated++; h.noUDP = time.Time{} })
 		return a, nil
-	case without == len(servers) && without > 0:
-		return nil, all{err}
-	case without > 0:
+	case without > 0 && without < len(servers):
 		return nil, some{err}
 	}
 	return nil, err
 }
 
-// all and some say to errors.Is whether a list has no UDP.
-type (
-	all  struct{ error }
-	some struct{ error }
-)
+// some is the error of a list of which only some have no UDP: all of err but
+// ErrNoUDP.
+type some struct{ err error }
 
-func (all) Is(target error) bool { return target == ErrNoUDP }
+func (e some) Error() string        { return e.err.Error() }
+func (e some) Is(target error) bool { return target != ErrNoUDP && errors.Is(e.err, target) }
+func (e some) As(target any) bool   { return errors.As(e.err, target) }
 
 func (p *Pool) associate(ctx context.Context, s *Server) (*Association, error) {
 	o := p.options.Load()
-	if s.UDP == UDPOff || o.Packet == nil {
-		return nil, &noUDP{errors.New("udp=off")}
+	if o.Packet == nil {
+		return nil, &noUDP{why: errors.New("this pool has no sockets for it")}
+	}
+	if s.UDP == UDPOff {
+		return nil, &noUDP{why: errors.New("udp=off")}
 	}
 	if p.lacksUDP(s) {
-		return nil, &noUDP{errors.New("it said so a moment ago")}
+		return nil, &noUDP{why: errors.New("it said so a moment ago")}
 	}
 	conn, err := p.dial(ctx, s)
 	if err != nil {
@@ -113,7 +117,7 @@ func (p *Pool) associate(ctx context.Context, s *Server) (*Association, error) {
 	})
 	if errors.Is(err, socks.CommandNotSupported) || errors.Is(err, socks.ErrNoReply) {
 		p.lackUDP(s)
-		err = &noUDP{err}
+		err = &noUDP{err, true}
 	}
 	if err == nil {
 		a.Relay, err = relayAddr(a.Relay, addrPort(conn.RemoteAddr()).Addr())
@@ -133,7 +137,7 @@ func (p *Pool) associate(ctx context.Context, s *Server) (*Association, error) {
 // own behind a translation, or one of the other family.
 func relayAddr(bnd netip.AddrPort, peer netip.Addr) (netip.AddrPort, error) {
 	if bnd.Port() == 0 {
-		return bnd, &socks.ProtocolError{What: "the UDP relay has port 0"}
+		return bnd, &noUDP{errors.New("its relay has port 0"), true}
 	}
 	inside := func(a netip.Addr) bool { return a.IsPrivate() || a.IsLoopback() || a.IsLinkLocalUnicast() }
 	a := bnd.Addr().Unmap()

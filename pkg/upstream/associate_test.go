@@ -108,6 +108,17 @@ func TestAssociate(t *testing.T) {
 		if s := p.Status([]*Server{c})[0]; s.Up {
 			t.Error("a server that is down is not known to be")
 		}
+		// Who is not asked is not known to be back, and what another one says is
+		// what the client hears.
+		if _, err = p.Associate(t.Context(), []*Server{a, c}, false, nil); err == nil || p.Status([]*Server{c})[0].Up {
+			t.Errorf("a bad server is good again: %v", err)
+		}
+		d := server("d", 4)
+		l.hosts[d.Addr.String()] = says("\x05\x00", "\x05\x02\x00\x01\x00\x00\x00\x00\x00\x00")
+		var r socks.Reply
+		if _, err = p.Associate(t.Context(), []*Server{a, d}, false, nil); !errors.As(err, &r) || errors.Is(err, ErrNoUDP) {
+			t.Errorf("without UDP, and not allowed: %v", err)
+		}
 		off := *a
 		off.UDP = UDPOff
 		l.asked()
@@ -165,8 +176,7 @@ func TestRelayAddr(t *testing.T) {
 	if got, err := relayAddr(netip.AddrPortFrom(netip.Addr{}, 4000), netip.MustParseAddr("203.0.113.1")); err != nil || got.String() != "203.0.113.1:4000" {
 		t.Errorf("a name: %v, %v", got, err)
 	}
-	var protocol *socks.ProtocolError
-	if _, err := relayAddr(netip.MustParseAddrPort("198.51.100.7:0"), netip.MustParseAddr("203.0.113.1")); !errors.As(err, &protocol) {
+	if _, err := relayAddr(netip.MustParseAddrPort("198.51.100.7:0"), netip.MustParseAddr("203.0.113.1")); !errors.Is(err, ErrNoUDP) {
 		t.Errorf("port 0: %v", err)
 	}
 }

@@ -35,7 +35,7 @@ type Server struct {
 	Addr     netip.AddrPort // where it listens; with Host set only the port counts
 	Auth     *socks.Auth    // nil: none
 	Pipeline bool           // see socks.Options
-	UDP      UDPMode
+	UDP      UDPMode        // what it is told when it is asked for an association
 }
 
 // address is the server's place in words.
@@ -355,7 +355,7 @@ type verdict uint8
 const (
 	fault       verdict = iota // the server's: ask the next, remember it
 	incapable                  // the server cannot do this: ask the next
-	ours                       // this host's own: ask the next, nothing is known of the server
+	ours                       // this host's own, or it was not asked: ask the next, nothing is known of the server
 	destination                // nobody else will do better
 )
 
@@ -363,7 +363,14 @@ const (
 // used for in practice. General failure is ambiguous: some servers send it for
 // a name that does not exist, so it moves this flow on and blames nobody.
 func judge(err error) verdict {
-	if errors.Is(err, socks.ErrTooLong) || errors.Is(err, ErrNoUDP) {
+	if errors.Is(err, socks.ErrTooLong) {
+		return incapable // nothing was said to it
+	}
+	var none *noUDP
+	if errors.As(err, &none) {
+		if !none.asked {
+			return ours
+		}
 		return incapable
 	}
 	// No descriptor, no memory, no port left.
