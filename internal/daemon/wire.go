@@ -197,7 +197,7 @@ func gone(c *relay.Conn) bool {
 }
 
 // ports are where the kernel diverts to.
-func (d *Daemon) ports() redirect.Ports { return redirect.PortsOf(d.flows, d.dns) }
+func (d *Daemon) ports() redirect.Ports { return redirect.PortsOf(d.flows, nil, d.dns) }
 
 // ownListener tells whether a flow's destination is where flows are accepted:
 // carrying it would never end.

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"strconv"
-	"syscall"
 	"unsafe"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -24,21 +22,19 @@ const controlSize = 128
 // packetConn receives what tproxy diverts to a UDP socket on loopback, and
 // sends from any address by a raw socket. Neither way allocates.
 type packetConn struct {
-	v6    bool
-	marks Marks
+	v6   bool
+	rush bool // what there is no room for is dropped at once
 
-	udp    *net.UDPConn
-	recv   syscall.RawConn
+	recv   *socket
 	reader reader
 
-	raw    *os.File
-	send   syscall.RawConn
+	send   *socket // raw
 	writer writer
 
-	long *os.File // for what must be fragmented
+	long *socket // raw too, for what must be fragmented
 }
 
-var _ flow.PacketConn = (*packetConn)(nil)
+var _ flow.PacketSource = (*packetConn)(nil)
 
 // reader is the state of one ReadBatch. The function handed to the poller is
 // made once, since a new one would be an allocation for each batch.
@@ -67,25 +63,17 @@ type writer struct {
 	headers [batch][maxHeader]byte
 }
 
-func newPacketConn(udp *net.UDPConn, v6 bool, m Marks) (*packetConn, error) {
-	c := &packetConn{v6: v6, marks: m, udp: udp}
+// newPacketConn owns recv from then on, unless there is an error.
+func newPacketConn(recv *socket, v6 bool, m Marks) (*packetConn, error) {
+	c := &packetConn{v6: v6, recv: recv}
 	var err error
-	if c.recv, err = udp.SyscallConn(); err != nil {
-		return nil, err
-	}
 	// Of protocol IPPROTO_RAW a socket receives nothing, and sends whole packets,
 	// but none that is longer than its way allows.
-	if c.raw, err = rawSocket(unix.IPPROTO_RAW, v6, m); err != nil {
+	if c.send, err = rawSocket(unix.IPPROTO_RAW, v6, m); err != nil {
 		return nil, err
 	}
-	if c.long, err = rawSocket(unix.IPPROTO_UDP, v6, m); err == nil {
-		c.send, err = c.raw.SyscallConn()
-	}
-	if err != nil {
-		c.raw.Close()
-		if c.long != nil {
-			c.long.Close()
-		}
+	if c.long, err = rawSocket(unix.IPPROTO_UDP, v6, m); err != nil {
+		c.send.close()
 		return nil, err
 	}
 	c.reader.init()
@@ -94,33 +82,27 @@ func newPacketConn(udp *net.UDPConn, v6 bool, m Marks) (*packetConn, error) {
 }
 
 // rawSocket makes a socket that only sends, from any address.
-func rawSocket(protocol int, v6 bool, m Marks) (*os.File, error) {
-	domain := unix.AF_INET
-	if v6 {
-		domain = unix.AF_INET6
-	}
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
+func rawSocket(protocol int, v6 bool, m Marks) (*socket, error) {
+	s, err := newSocket(v6, unix.SOCK_RAW, protocol, func(fd int) error {
+		nothing := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 0}
+		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &nothing}); err != nil {
+			return fmt.Errorf("SO_ATTACH_FILTER: %w", err)
+		}
+		return transparent(fd, v6, m)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("raw socket: %w", err)
 	}
-	f := os.NewFile(uintptr(fd), "raw")
-	nothing := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 0}
-	err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &nothing})
-	if err != nil {
-		err = fmt.Errorf("SO_ATTACH_FILTER: %w", err)
-	} else {
-		err = transparent(fd, v6, m)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
+	return s, nil
 }
 
+// Close implements flow.PacketConn.
 func (c *packetConn) Close() error {
-	return errors.Join(c.udp.Close(), c.raw.Close(), c.long.Close())
+	return errors.Join(c.recv.close(), c.send.close(), c.long.close())
 }
+
+// Control implements flow.PacketSource.
+func (c *packetConn) Control(f func(fd int) error) error { return c.recv.control(f) }
 
 func (r *reader) init() {
 	r.zones = map[uint32]string{}
@@ -149,7 +131,12 @@ func (r *reader) init() {
 
 // ReadBatch implements flow.PacketConn. Src is the client, Dst the address
 // that it asked, both with their zone if they are link-local.
-func (c *packetConn) ReadBatch(ds []flow.Datagram) (int, error) {
+func (c *packetConn) ReadBatch(ds []flow.Datagram) (int, error) { return c.read(ds, true) }
+
+// TryReadBatch implements flow.PacketSource.
+func (c *packetConn) TryReadBatch(ds []flow.Datagram) (int, error) { return c.read(ds, false) }
+
+func (c *packetConn) read(ds []flow.Datagram, wait bool) (int, error) {
 	r := &c.reader
 	r.want = min(len(ds), batch)
 	if r.want == 0 {
@@ -161,7 +148,11 @@ func (c *packetConn) ReadBatch(ds []flow.Datagram) (int, error) {
 			r.iovecs[i].Base = unsafe.SliceData(b)
 			r.iovecs[i].SetLen(len(b))
 		}
-		if err := c.recv.Read(r.try); err != nil {
+		if wait {
+			if err := c.recv.read(r.try); err != nil {
+				return 0, err
+			}
+		} else if there, err := c.recv.try(r.try); !there || err != nil {
 			return 0, err
 		}
 		if r.errno != 0 {
@@ -289,7 +280,7 @@ func (c *packetConn) write(ds []flow.Datagram) (int, error) {
 	}
 	sent := 0
 	for w.from < w.to {
-		if err := c.send.Write(w.try); err != nil {
+		if err := c.hand(c.send, w.try); err != nil {
 			return sent, err
 		}
 		switch {
@@ -297,6 +288,8 @@ func (c *packetConn) write(ds []flow.Datagram) (int, error) {
 			sent += w.sent
 			w.from += w.sent
 			continue
+		case w.errno == unix.EAGAIN:
+			return sent, nil
 		case w.errno == unix.EMSGSIZE:
 			if c.sendLong(&ds[origin[w.from]]) == nil {
 				sent++
@@ -351,6 +344,7 @@ func (c *packetConn) sendLong(d *flow.Datagram) error {
 	whole := append(header[n-headerUDP:n:n], d.Data...)
 	var from []byte
 	var to unix.Sockaddr
+	var err error
 	if c.v6 {
 		from = unix.PktInfo6(&unix.Inet6Pktinfo{Addr: src.As16()})
 		to = &unix.SockaddrInet6{Addr: dst.As16(), ZoneId: scope(dst)}
@@ -358,15 +352,21 @@ func (c *packetConn) sendLong(d *flow.Datagram) error {
 		from = unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: src.As4()})
 		to = &unix.SockaddrInet4{Addr: dst.As4()}
 	}
-	raw, err := c.long.SyscallConn()
-	if err != nil {
-		return err
-	}
-	if e := raw.Write(func(fd uintptr) bool {
+	if e := c.hand(c.long, func(fd uintptr) bool {
 		err = unix.Sendmsg(int(fd), whole, from, to, 0)
 		return !errors.Is(err, unix.EAGAIN)
 	}); e != nil {
 		return e
 	}
+	return err
+}
+
+// hand lets f hand something to the kernel, and waits for room unless there is
+// no time.
+func (c *packetConn) hand(s *socket, f func(fd uintptr) bool) error {
+	if !c.rush {
+		return s.write(f)
+	}
+	_, err := s.try(f)
 	return err
 }

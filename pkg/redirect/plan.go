@@ -50,7 +50,7 @@ type Block struct {
 
 	Direct []Range // may pass
 	Deny   []Range // are rejected: TCP by a reset, all else as prohibited
-	Proxy  []Range // are diverted to us if TCP, else refused
+	Proxy  []Range // are diverted to us if TCP or UDP, else refused
 }
 
 // Ports are those of the transparent listeners, on 127.0.0.1 and on [::1]
@@ -58,6 +58,7 @@ type Block struct {
 // zero value makes the closed table.
 type Ports struct {
 	TCP    uint16 // flows
+	UDP    uint16 // datagrams of flows
 	DNSTCP uint16 // DNS over TCP
 	DNSUDP uint16 // DNS over UDP
 }
@@ -72,7 +73,7 @@ type Plan struct {
 	Marks      Marks            // our bits
 	Table      int              // routing table, to be used by nobody else
 	Blocks     []Block          // in order: the first that decides
-	Synthetic  []netip.Prefix   // stand for names: TCP is always diverted, all else refused
+	Synthetic  []netip.Prefix   // stand for names: TCP and UDP are always diverted, all else refused
 	Servers    []netip.AddrPort // first hops: their TCP port may always be reached
 
 	// Readmit, if not nil, is what the dynamic sets hold once the plan is in

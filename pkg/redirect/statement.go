@@ -124,6 +124,13 @@ func ctNew() statement {
 		&expr.Ct{Key: expr.CtKeySTATE, Register: reg1}, masked(expr.CtStateBitNEW, 0), neq(native32(0))}}
 }
 
+// ctSourceTranslated matches packets of flows whose source NAT changes.
+func ctSourceTranslated() statement {
+	const snat = 1 << 4 // IPS_SRC_NAT
+	return statement{text: "ct status snat", exprs: []expr.Any{
+		&expr.Ct{Key: expr.CtKeySTATUS, Register: reg1}, masked(snat, 0), neq(native32(0))}}
+}
+
 func isFamily(f family) statement {
 	return statement{text: "meta nfproto ipv" + f.digit(), exprs: familyExprs(f)}
 }
@@ -224,6 +231,12 @@ func toUs() statement {
 func notFromUs() statement {
 	return statement{text: "fib saddr type != local", exprs: []expr.Any{
 		&expr.Fib{Register: reg1, FlagSADDR: true, ResultADDRTYPE: true}, neq(native32(unix.RTN_LOCAL))}}
+}
+
+// fromUs is its contrary.
+func fromUs() statement {
+	return statement{text: "fib saddr type local", exprs: []expr.Any{
+		&expr.Fib{Register: reg1, FlagSADDR: true, ResultADDRTYPE: true}, eq(native32(unix.RTN_LOCAL))}}
 }
 
 func address(f family, source bool) expr.Any {

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/nftables"
@@ -19,16 +18,17 @@ const liveTime = 2*time.Hour + 4*time.Minute
 
 // The counters of the table.
 const (
-	countDiverted = "diverted"
-	countDNS      = "dns"
-	countDirect   = "direct"
-	countDenied   = "denied"
-	countRefused  = "refused"
-	countGuard    = "guard"
+	countDiverted  = "diverted"
+	countDatagrams = "datagrams"
+	countDNS       = "dns"
+	countDirect    = "direct"
+	countDenied    = "denied"
+	countRefused   = "refused"
+	countGuard     = "guard"
 )
 
 func counterNames() []string {
-	return []string{countDiverted, countDNS, countDirect, countDenied, countRefused, countGuard}
+	return []string{countDiverted, countDatagrams, countDNS, countDirect, countDenied, countRefused, countGuard}
 }
 
 // chain is a base chain if it has a type.
@@ -174,135 +174,6 @@ func (t *table) unless(name, then string) {
 	}
 }
 
-// take writes the chains that divert. Each ends with a refusal of what it
-// would have diverted, and the mark comes before the tproxy: a rule whose
-// tproxy finds no socket ends there. The kernel allows a tproxy in prerouting
-// only, so take, where output can come too, leaves it to the chain lan: it just
-// ends, and lan goes on behind its jump.
-func (t *table) take(p *Plan) {
-	m := p.Marks
-	c := t.chain("taken")
-	t.unless("take", "taken")
-	switch {
-	case p.Ports.TCP == 0:
-		c.add(going("refuse"))
-	default:
-		c.add(protoNot(tcp), going("refuse"))
-		if p.Local {
-			c.add(mark(m, m.Local()), setCtMark(m, m.Own()), count(countDiverted), accept())
-		}
-	}
-
-	if p.DNS {
-		c := t.chain("dns")
-		c.add(ctReply(), ctMarkNot(m, m.Own()), going("direct"))
-		c.add(setMark(m, m.Lan()))
-		divert(c, udp, p.Ports.DNSUDP, countDNS)
-		divert(c, tcp, p.Ports.DNSTCP, countDNS)
-		c.add(going("refuse"))
-	}
-}
-
-func divert(c *chain, p l4, port uint16, counter string) {
-	if port == 0 {
-		return
-	}
-	for _, f := range []family{ip4, ip6} {
-		c.add(isFamily(f), proto(p), tproxy(f, port), count(counter), accept())
-	}
-}
-
-// ways writes the base chains and what they lead to: the ways in, and the guard
-// on the way out.
-func (t *table) ways(p *Plan) {
-	m := p.Marks
-	pre := t.base("prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting)
-	if len(p.Interfaces) > 0 {
-		t.lan(p)
-		for _, i := range p.Interfaces {
-			pre.add(iif(i), going("lan"))
-		}
-	}
-	if p.Local {
-		pre.add(iif("lo"), mark(m, m.Local()), going("local"))
-		t.local(p)
-		t.output(p)
-	}
-	post := t.base("postrouting", nftables.ChainTypeFilter, nftables.ChainHookPostrouting)
-	post.add(mark(m, m.Lan()), oifNot("lo"), count(countGuard), drop())
-	post.add(mark(m, m.Local()), oifNot("lo"), count(countGuard), drop())
-	post.add(mark(m, m.Own()), ctNew(), notFromUs(), setCtMark(m, m.Own()))
-}
-
-func (t *table) lan(p *Plan) {
-	m := p.Marks
-	c := t.chain("lan")
-	c.add(notFirst(), socketTransparent(), setMark(m, m.Lan()), accept())
-	// Errors about a flow that ends at us are for its socket, and would tell
-	// others of it: "fragmentation needed" above all.
-	for _, kind := range []l4{icmp, icmpv6} {
-		c.add(icmpType(kind, icmpErrors(kind)...), ctMark(m, m.Own()), setMark(m, m.Lan()), accept())
-	}
-	if p.DNS {
-		c.add(dport(udp, 53), going("dns"))
-		c.add(dport(tcp, 53), going("dns"))
-	}
-	c.add(jump("decide"))
-	c.add(setMark(m, m.Lan()), setCtMark(m, m.Own()))
-	divert(c, tcp, p.Ports.TCP, countDiverted)
-	c.add(going("refuse"))
-}
-
-// local writes the chain of packets that output has marked and routing has
-// brought back, by lo.
-func (t *table) local(p *Plan) {
-	c := t.chain("local")
-	c.add(notFirst(), socketTransparent(), accept())
-	if p.DNS {
-		for _, w := range []struct {
-			proto l4
-			port  uint16
-		}{{udp, p.Ports.DNSUDP}, {tcp, p.Ports.DNSTCP}} {
-			if w.port != 0 {
-				for _, f := range []family{ip4, ip6} {
-					c.add(isFamily(f), dport(w.proto, 53), tproxy(f, w.port), count(countDNS), accept())
-				}
-			}
-			c.add(dport(w.proto, 53), going("refuse"))
-		}
-	}
-	if p.Ports.TCP != 0 {
-		for _, f := range []family{ip4, ip6} {
-			c.add(isFamily(f), proto(tcp), tproxy(f, p.Ports.TCP), accept())
-		}
-	}
-	c.add(going("refuse"))
-}
-
-func (t *table) output(p *Plan) {
-	m := p.Marks
-	c := t.base("output", nftables.ChainTypeRoute, nftables.ChainHookOutput)
-	c.add(mark(m, m.Own()), accept())
-	c.add(ctReply(), ctMarkNot(m, m.Own()), accept())
-	c.add(notFromUs(), accept())
-	c.add(ctMark(m, m.Own()), setMark(m, m.Local()), accept()) // a flow that was taken stays taken
-	if p.DNS {
-		for _, w := range []struct {
-			proto l4
-			port  uint16
-		}{{udp, p.Ports.DNSUDP}, {tcp, p.Ports.DNSTCP}} {
-			if w.port != 0 {
-				c.add(dport(w.proto, 53), setMark(m, m.Local()), accept())
-			} else {
-				c.add(dport(w.proto, 53), going("refuse"))
-			}
-		}
-	}
-	c.add(setMark(m, m.Local()))
-	c.add(jump("decide"))
-	c.add(going("refuse"))
-}
-
 // decide writes the blocks, and what is denied for want of a block.
 func (t *table) decide(p *Plan) error {
 	denied := t.chain("deny")
@@ -313,8 +184,8 @@ func (t *table) decide(p *Plan) error {
 
 	// What a name stands for is nobody's address: nothing may pass.
 	synthetic := t.chain("synthetic")
-	if p.Ports.TCP != 0 {
-		synthetic.add(proto(tcp), going("take"))
+	for _, d := range p.Ports.diverted() {
+		synthetic.add(proto(d.proto), going("take"))
 	}
 	synthetic.add(going("refuse"))
 
@@ -446,35 +317,4 @@ func normalPorts(ports []PortRange) []PortRange {
 		merged = append(merged, r)
 	}
 	return merged
-}
-
-// Text returns the table of a plan as nft(8) reads it, in the order in which
-// its parts refer to one another. Dynamic elements are not in it.
-func Text(p Plan) (string, error) {
-	if err := p.check(); err != nil {
-		return "", err
-	}
-	t, err := newTable(&p, "a")
-	if err != nil {
-		return "", err
-	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "table inet %s {\n", tableName)
-	for _, c := range counterNames() {
-		fmt.Fprintf(&b, "\tcounter %s {\n\t}\n\n", c)
-	}
-	for _, s := range t.sets {
-		s.text(&b)
-	}
-	for _, c := range t.chains {
-		fmt.Fprintf(&b, "\tchain %s {\n", c.name)
-		if c.kind != "" {
-			fmt.Fprintf(&b, "\t\ttype %s hook %s priority mangle; policy accept;\n", c.kind, c.name)
-		}
-		for _, r := range c.rules {
-			fmt.Fprintf(&b, "\t\t%s\n", r.text())
-		}
-		b.WriteString("\t}\n\n")
-	}
-	return strings.TrimSuffix(b.String(), "\n") + "}\n", nil
 }

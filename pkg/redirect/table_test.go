@@ -37,7 +37,7 @@ func fullPlan() Plan {
 		Interfaces: []string{"lan0", "wlan1"},
 		Local:      true,
 		DNS:        true,
-		Ports:      Ports{TCP: 1081, DNSTCP: 1053, DNSUDP: 1054},
+		Ports:      Ports{TCP: 1081, UDP: 1082, DNSTCP: 1053, DNSUDP: 1054},
 		Marks:      testMarks,
 		Table:      7470,
 		Synthetic:  prefixes("198.18.0.0/15", "fd74:7072:6f78::/96", "100.64.0.0/16", "fd00::1/128"),
@@ -75,6 +75,8 @@ func TestTextIsWhatApplyDoes(t *testing.T) {
 		"lan only":   func(p *Plan) { p.Local = false },
 		"local only": func(p *Plan) { p.Interfaces = nil },
 		"no dns":     func(p *Plan) { p.DNS = false },
+		"no udp":     func(p *Plan) { p.Ports.UDP = 0 },
+		"udp only":   func(p *Plan) { p.Ports.TCP = 0 },
 		"nothing":    func(p *Plan) { *p = Plan{Marks: p.Marks, Table: p.Table} },
 		"odd mask":   func(p *Plan) { p.Marks = Marks{Value: 0x80000000, Mask: 0x80010100} },
 	} {

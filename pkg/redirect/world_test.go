@@ -191,7 +191,7 @@ func (w *world) listen() Ports {
 	for _, c := range w.dns.UDP {
 		go answerUDP(c)
 	}
-	return PortsOf(w.tcp, w.dns)
+	return PortsOf(w.tcp, nil, w.dns)
 }
 
 func inbound(c net.Conn) string {
