@@ -30,8 +30,8 @@ func TestReloadAndFlows(t *testing.T) {
 		f.echo(t)
 	}
 	w.server.run(`nft 'add chain inet seen later { type filter hook prerouting priority raw; }
-add rule inet seen later ip daddr { 198.51.100.5, 198.51.100.9, 203.0.113.77 } counter name other
-add rule inet seen later ip6 daddr 2001:db8:b::5 counter name other'`)
+add rule inet seen later ip daddr { 198.51.100.5, 198.51.100.9, 203.0.113.77 } tcp flags & psh != 0 counter name other
+add rule inet seen later ip6 daddr 2001:db8:b::5 tcp flags & psh != 0 counter name other'`) // not an acknowledgement that was delayed
 	p.Readmit = []Admission{}
 	p.Blocks = []Block{
 		{Deny: ranges("198.51.100.9/32"), Direct: ranges("203.0.113.5/32", "2001:db8:a::5/128")},

@@ -10,36 +10,49 @@ import (
 
 // Lengths of headers without options (RFC 791, RFC 8200, RFC 768).
 const (
-	header4   = 20
-	header6   = 40
-	headerUDP = 8
-	maxHeader = header6 + headerUDP
+	header4    = 20
+	header6    = 40
+	headerUDP  = 8
+	headerICMP = 8
+	maxHeader  = header6 + headerUDP
 
 	maxPayload = 65535 - header4 - headerUDP // what IPv4 can name; IPv6 has 20 more
 	hopLimit   = 64
 )
 
-// putHeader writes the IP and UDP headers of a datagram, checksums included,
-// and returns their length. The addresses are of one family.
-func putHeader(b *[maxHeader]byte, src, dst netip.Addr, sport, dport uint16, payload []byte) int {
-	length := headerUDP + len(payload)
-	var n int
+// putIP writes an IP header for so many bytes of a protocol behind it, and
+// returns its length. The addresses are of one family.
+func putIP(b *[header6]byte, src, dst netip.Addr, proto byte, length int) int {
 	if src.Is4() {
-		n = header4
 		s, d := src.As4(), dst.As4()
-		*(*[header4]byte)(b[:]) = [header4]byte{0: 0x45, 8: hopLimit, 9: unix.IPPROTO_UDP}
+		*(*[header4]byte)(b[:]) = [header4]byte{0: 0x45, 8: hopLimit, 9: proto}
 		binary.BigEndian.PutUint16(b[2:], uint16(header4+length))
 		copy(b[12:], s[:])
 		copy(b[16:], d[:])
 		// The identification and the header's checksum are the kernel's (raw(7)).
-	} else {
-		n = header6
-		s, d := src.As16(), dst.As16()
-		*(*[8]byte)(b[:]) = [8]byte{0: 0x60, 6: unix.IPPROTO_UDP, 7: hopLimit}
-		binary.BigEndian.PutUint16(b[4:], uint16(length))
-		copy(b[8:], s[:])
-		copy(b[24:], d[:])
+		return header4
 	}
+	s, d := src.As16(), dst.As16()
+	*(*[8]byte)(b[:]) = [8]byte{0: 0x60, 6: proto, 7: hopLimit}
+	binary.BigEndian.PutUint16(b[4:], uint16(length))
+	copy(b[8:], s[:])
+	copy(b[24:], d[:])
+	return header6
+}
+
+// addresses returns the two addresses of an IP header.
+func addresses(b []byte) []byte {
+	if b[0]>>4 == 4 {
+		return b[12:header4]
+	}
+	return b[8:header6]
+}
+
+// putHeader writes the IP and UDP headers of a datagram, checksums included,
+// and returns their length. The addresses are of one family.
+func putHeader(b *[maxHeader]byte, src, dst netip.Addr, sport, dport uint16, payload []byte) int {
+	length := headerUDP + len(payload)
+	n := putIP((*[header6]byte)(b[:]), src, dst, unix.IPPROTO_UDP, length)
 	u := b[n : n+headerUDP]
 	binary.BigEndian.PutUint16(u[0:], sport)
 	binary.BigEndian.PutUint16(u[2:], dport)
@@ -47,11 +60,7 @@ func putHeader(b *[maxHeader]byte, src, dst netip.Addr, sport, dport uint16, pay
 	u[6], u[7] = 0, 0
 	// The pseudo header: the addresses, which stand in front of the UDP header in
 	// both families, the protocol and the length.
-	addrs := b[12:header4]
-	if n == header6 {
-		addrs = b[8:header6]
-	}
-	sum := add16(uint64(unix.IPPROTO_UDP)+uint64(length), addrs)
+	sum := add16(uint64(unix.IPPROTO_UDP)+uint64(length), addresses(b[:]))
 	sum = add16(sum, u)
 	sum = add16(sum, payload)
 	check := ^fold(sum)

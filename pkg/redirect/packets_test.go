@@ -40,9 +40,11 @@ func forwarded() []asked {
 		{"tcp [2001:db8:a::5]:80", "proxy [2001:db8:a::5]:80 lan"},
 		{"tcp 198.18.3.4:443", "proxy 198.18.3.4:443 lan"},
 		{"tcp [fd74:7072:6f78::5]:443", "proxy [fd74:7072:6f78::5]:443 lan"},
-		{"udp 203.0.113.5:7000", "ECONNREFUSED"},
-		{"udp [2001:db8:a::5]:7000", "ECONNREFUSED"},
-		{"udp 198.18.3.4:7000", "ECONNREFUSED"},
+		{"udp 203.0.113.5:7000", "proxy 203.0.113.5:7000 lan hello"},
+		{"udp [2001:db8:a::5]:7000", "proxy [2001:db8:a::5]:7000 lan hello"},
+		{"udp 198.18.3.4:7000", "proxy 198.18.3.4:7000 lan hello"},
+		{"udp [fd74:7072:6f78::5]:7000", "proxy [fd74:7072:6f78::5]:7000 lan hello"},
+		{"udp 203.0.113.9:7000", "proxy 203.0.113.9:7000 lan hello"}, // a first hop is one for TCP
 
 		{"tcp 198.51.100.5:80", "server 198.51.100.5:80"},
 		{"tcp [2001:db8:b::5]:80", "server [2001:db8:b::5]:80"},
@@ -84,7 +86,7 @@ func TestForwarded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for what, c := range map[string]Count{"diverted": n.Diverted, "dns": n.DNS, "direct": n.Direct, "denied": n.Denied, "refused": n.Refused} {
+	for what, c := range map[string]Count{"diverted": n.Diverted, "datagrams": n.Datagrams, "dns": n.DNS, "direct": n.Direct, "denied": n.Denied, "refused": n.Refused} {
 		if c.Packets == 0 || c.Bytes == 0 {
 			t.Errorf("counter %s stayed at zero", what)
 		}
@@ -109,9 +111,11 @@ func TestReversePathFilter(t *testing.T) {
 			w.expect(w.client,
 				asked{"tcp 203.0.113.5:80", "proxy 203.0.113.5:80 lan"},
 				asked{"tcp 198.51.100.5:80", "server 198.51.100.5:80"},
+				asked{"udp 203.0.113.5:7000", "proxy 203.0.113.5:7000 lan hello"},
 				asked{"udp 198.51.100.5:53", "dns 198.51.100.5:53 lan hello"})
 			w.expect(w.gateway,
 				asked{"tcp 203.0.113.5:80", "proxy 203.0.113.5:80 lo"},
+				asked{"udp 203.0.113.5:7000", "proxy 203.0.113.5:7000 lo hello"},
 				asked{"tcp 198.51.100.5:80", "server 198.51.100.5:80"},
 				asked{"udp 198.51.100.5:53", "dns 198.51.100.5:53 lo hello"})
 			w.leaked()
@@ -125,8 +129,10 @@ func local() []asked {
 		{"tcp 203.0.113.5:80", "proxy 203.0.113.5:80 lo"},
 		{"tcp [2001:db8:a::5]:80", "proxy [2001:db8:a::5]:80 lo"},
 		{"tcp 198.18.3.4:443", "proxy 198.18.3.4:443 lo"},
-		{"udp 203.0.113.5:7000", "ECONNREFUSED"},
-		{"udp [2001:db8:a::5]:7000", "ECONNREFUSED"},
+		{"udp 203.0.113.5:7000", "proxy 203.0.113.5:7000 lo hello"},
+		{"udp [2001:db8:a::5]:7000", "proxy [2001:db8:a::5]:7000 lo hello"},
+		{"udp 198.18.3.4:7000", "proxy 198.18.3.4:7000 lo hello"},
+		{"udp [fd74:7072:6f78::5]:7000", "proxy [fd74:7072:6f78::5]:7000 lo hello"},
 		{"tcp 198.51.100.5:80", "server 198.51.100.5:80"},
 		{"tcp [2001:db8:b::5]:80", "server [2001:db8:b::5]:80"},
 		{"udp 198.51.100.5:7000", "server hello"},
@@ -180,7 +186,8 @@ func TestDeadListener(t *testing.T) {
 		{"tcp 203.0.113.5:80", "ECONNREFUSED"},
 		{"tcp [2001:db8:a::5]:80", "ECONNREFUSED"},
 		{"tcp 198.18.3.4:443", "ECONNREFUSED"},
-		{"udp 203.0.113.5:7000", "ECONNREFUSED"},
+		{"udp [2001:db8:a::5]:7000", "ECONNREFUSED"},
+		{"udp [fd74:7072:6f78::5]:7000", "ECONNREFUSED"},
 		{"udp [2001:db8:a::5]:53", "ECONNREFUSED"},
 		{"tcp 203.0.113.5:53", "ECONNREFUSED"},
 		{"tcp [2001:db8:a::5]:53", "ECONNREFUSED"},
@@ -192,17 +199,16 @@ func TestDeadListener(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		kill  func(*world, Plan)
-		local string // what this host's own question gets, by UDP over IPv4
+		local string // what this host's own datagram gets, over IPv4
 	}{
 		// The kernel has no address to send that error from: see the package comment.
-		{"sockets closed", func(w *world, p Plan) { w.tcp.Close(); w.dns.Close() }, "nothing"},
+		{"sockets closed", func(w *world, p Plan) { w.unlisten() }, "nothing"},
 		{"killed", func(w *world, p Plan) {
-			w.tcp.Close()
-			w.dns.Close()
+			w.unlisten()
 			w.r.release() // what the kernel does to the descriptors of a dead process
 		}, "nothing"},
 		{"closed plan", func(w *world, p Plan) { w.apply(p.Closed()) }, "ECONNREFUSED"},
-		{"stopped", func(w *world, p Plan) { w.tcp.Close(); w.dns.Close(); w.r.Close(true) }, "ECONNREFUSED"},
+		{"stopped", func(w *world, p Plan) { w.unlisten(); w.r.Close(true) }, "ECONNREFUSED"},
 		{"reflected marks", func(w *world, p Plan) {
 			w.gateway.run("sysctl -qw net.ipv4.fwmark_reflect=1 net.ipv6.fwmark_reflect=1")
 			w.apply(p.Closed())
@@ -216,8 +222,10 @@ func TestDeadListener(t *testing.T) {
 			c.kill(w, w.start(p))
 			w.expect(w.client, refused...)
 			w.expect(w.gateway, refused...)
-			w.expect(w.client, asked{"udp 203.0.113.5:53", "ECONNREFUSED"})
-			w.expect(w.gateway, asked{"udp 203.0.113.5:53", c.local})
+			for _, what := range []string{"udp 203.0.113.5:53", "udp 203.0.113.5:7000"} {
+				w.expect(w.client, asked{what, "ECONNREFUSED"})
+				w.expect(w.gateway, asked{what, c.local})
+			}
 			w.leaked()
 		})
 	}
@@ -323,7 +331,7 @@ func TestAdmit(t *testing.T) {
 	w.apply(p)
 	w.expect(w.client,
 		asked{"tcp " + join(byName4, "80"), "server 203.0.113.77:80"}, asked{"tcp " + join(byName4, "7000"), "proxy 203.0.113.77:7000 lan"},
-		asked{"udp " + join(byName4, "80"), "ECONNREFUSED"}, asked{"ping " + byName4, "prohibited"},
+		asked{"udp " + join(byName4, "80"), "proxy 203.0.113.77:80 lan hello"}, asked{"ping " + byName4, "prohibited"},
 		asked{"tcp " + join(byName6, "80"), "server [2001:db8:a::77]:80"}, asked{"ping " + byName6, "prohibited"})
 
 	// A block that denies a port does so for what was let in only if it is final.

@@ -124,7 +124,21 @@ func (r *Redirect) Apply(p Plan) error {
 	if r.closed {
 		return net.ErrClosed
 	}
-	return r.apply(&p)
+	before := r.plan
+	if err := r.apply(&p); err != nil {
+		return err
+	}
+	if p.Ports.UDP != 0 || before != nil && before.Ports.UDP != 0 {
+		r.forget(p.Marks, &p)
+	}
+	return nil
+}
+
+// forget is forgetUDP where an error is no reason to stop.
+func (r *Redirect) forget(m Marks, p *Plan) {
+	if err := r.forgetUDP(m, p); err != nil {
+		r.log.Warn("flows of UDP that passed or were diverted until now may be refused, or sent with the wrong address, while they last", "err", err)
+	}
 }
 
 func (r *Redirect) apply(p *Plan) error {
@@ -318,6 +332,9 @@ func (r *Redirect) Close(keep bool) error {
 	switch {
 	case !keep:
 		err = remove(r.nf, r.policy)
+		if r.plan != nil {
+			r.forget(r.plan.Marks, nil)
+		}
 	case r.plan == nil && r.made:
 		err = r.nf.commit([]netlink.Message{deleteTable()})
 	case r.plan != nil:

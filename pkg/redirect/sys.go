@@ -49,6 +49,16 @@ func sendmmsg(fd int, ms []mmsghdr) (int, unix.Errno) {
 	return int(n), errno
 }
 
+// sendto does not block.
+func sendto(fd int, b []byte, to *unix.RawSockaddrInet6, size int) error {
+	_, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)),
+		unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(to)), uintptr(size))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
 // bpf is bpf(2). Alive is what the attributes point to.
 func bpf(cmd int, attr unsafe.Pointer, size uintptr, alive ...[]byte) (int, error) {
 	fd, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)

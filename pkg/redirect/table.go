@@ -91,7 +91,8 @@ func (t *table) set(s *set) *set {
 
 // ends writes the chains that end a packet's way: direct and the two that
 // reject. Rejects clear the mark first: with sysctl fwmark_reflect the answer
-// has the mark of the question, and a divert mark may not leave.
+// has the mark of the question, and a divert mark may not leave. And they clear
+// the connection mark, since output keeps errors about what ends at us.
 func (t *table) ends(p *Plan) {
 	m := p.Marks
 	direct := t.chain("direct")
@@ -102,7 +103,7 @@ func (t *table) ends(p *Plan) {
 	direct.add(setMark(m, m.Direct()), count(countDirect), accept())
 
 	refuse := t.chain("refuse")
-	refuse.add(setMark(m, 0), count(countRefused))
+	refuse.add(setMark(m, 0), setCtMark(m, 0), count(countRefused))
 	refuse.add(proto(tcp), rejectReset())
 	refuse.add(proto(udp), rejectPort())
 	refuse.add(rejectProhibited())
@@ -178,7 +179,7 @@ func (t *table) unless(name, then string) {
 func (t *table) decide(p *Plan) error {
 	denied := t.chain("deny")
 	t.unless("denied", "deny")
-	denied.add(setMark(p.Marks, 0), count(countDenied))
+	denied.add(setMark(p.Marks, 0), setCtMark(p.Marks, 0), count(countDenied))
 	denied.add(proto(tcp), rejectReset())
 	denied.add(rejectProhibited())
 

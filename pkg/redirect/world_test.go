@@ -32,6 +32,7 @@ type world struct {
 
 	r   *Redirect
 	tcp *Listener
+	udp *UDPListener
 	dns *DNS
 }
 
@@ -173,15 +174,16 @@ func answer(l net.Listener, say func(net.Conn) string) {
 // listen starts the transparent listeners in the gateway.
 func (w *world) listen() Ports {
 	w.t.Helper()
-	var err, err2 error
+	var err, err2, err3 error
 	w.gateway.do(func() {
 		w.tcp, err = ListenTCP(testMarks)
-		w.dns, err2 = ListenDNS(testMarks)
+		w.udp, err2 = ListenUDP(testMarks, 1)
+		w.dns, err3 = ListenDNS(testMarks)
 	})
-	if err = errors.Join(err, err2); err != nil {
+	if err = errors.Join(err, err2, err3); err != nil {
 		w.t.Fatal(err)
 	}
-	w.t.Cleanup(func() { w.tcp.Close(); w.dns.Close() })
+	w.t.Cleanup(w.unlisten)
 	for _, l := range w.tcp.Listeners() {
 		go answer(l, func(c net.Conn) string { return "proxy " + c.LocalAddr().String() + " " + inbound(c) })
 	}
@@ -189,10 +191,16 @@ func (w *world) listen() Ports {
 		go answer(l, func(c net.Conn) string { return "dns " + c.LocalAddr().String() + " " + inbound(c) })
 	}
 	for _, c := range w.dns.UDP {
-		go answerUDP(c)
+		go answerUDP(c, "dns ")
 	}
-	return PortsOf(w.tcp, nil, w.dns)
+	for _, c := range w.udp.Shards()[0] {
+		go answerUDP(c, "proxy ")
+	}
+	return PortsOf(w.tcp, w.udp, w.dns)
 }
+
+// unlisten closes all listeners.
+func (w *world) unlisten() { w.tcp.Close(); w.udp.Close(); w.dns.Close() }
 
 func inbound(c net.Conn) string {
 	raw, err := c.(*net.TCPConn).SyscallConn()
@@ -211,7 +219,7 @@ func inbound(c net.Conn) string {
 	return "lan"
 }
 
-func answerUDP(c flow.PacketConn) {
+func answerUDP(c flow.PacketConn, name string) {
 	ds := make([]flow.Datagram, 8)
 	for i := range ds {
 		ds[i].Data = make([]byte, 0, 2048)
@@ -227,9 +235,9 @@ func answerUDP(c flow.PacketConn) {
 			if d.IfIndex == 1 {
 				from = "lo"
 			}
-			text := "dns " + d.Dst.String() + " " + from + " " + string(d.Data)
+			text := name + d.Dst.String() + " " + from + " " + string(d.Data)
 			d.Data = append(d.Data[:0], text...)
-			if rest, ok := strings.CutPrefix(text, "dns "+d.Dst.String()+" "+from+" long"); ok {
+			if rest, ok := strings.CutPrefix(text, name+d.Dst.String()+" "+from+" long"); ok {
 				size, _ := strconv.Atoi(strings.TrimSpace(rest))
 				d.Data = make([]byte, size, max(size, cap(d.Data)))
 			}
