@@ -2,6 +2,7 @@ package relay
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
 	"golang.org/x/sys/unix"
@@ -51,6 +52,9 @@ func (sh *shard) up(f *udpFlow, data [][]byte) {
 // not sent because it broke, and is closed.
 func (sh *shard) send(f *udpFlow, data [][]byte) [][]byte {
 	o := f.out
+	if f.seen >= ownSocketAfter {
+		sh.prepare(o)
+	}
 	sh.checkMTU(f, o, data)
 	for len(data) > 0 {
 		n, e := sh.out.send(int(o.fd), f.verdict.Header, data, &o.super)
@@ -71,11 +75,15 @@ func (sh *shard) send(f *udpFlow, data [][]byte) [][]byte {
 	return nil
 }
 
+// large tells whether a datagram may not fit where IPv6 is allowed to be (RFC
+// 8200 section 5).
+func large(d []byte) bool { return len(d) > 1280-48-255 }
+
 // checkMTU tells the client of a path that its datagrams no longer fit into
 // once they have their header. They are sent all the same, in fragments, since
 // not every client asked not to.
 func (sh *shard) checkMTU(f *udpFlow, o *outlet, data [][]byte) {
-	if sh.u.o.TooBig == nil || f.told == sh.now+1 || f.verdict.Header == nil {
+	if sh.u.o.TooBig == nil || f.told == sh.now+1 || f.verdict.Header == nil || !slices.ContainsFunc(data, large) {
 		return
 	}
 	if o.mtuAge != sh.now || o.mtu == 0 {
@@ -170,13 +178,13 @@ func (sh *shard) reply(f *udpFlow, data [][]byte) {
 // ownSocket counts n datagrams and gives the flow a socket of its own once it
 // is worth one; false if it has none.
 func (sh *shard) ownSocket(f *udpFlow, n int) bool {
-	if f.seen += n; f.seen < ownSocketAfter || f.out == nil || !sh.takeSocket() {
+	if f.seen = min(f.seen+n, ownSocketAfter); f.seen < ownSocketAfter || f.out == nil || f.noSocket || !sh.takeSocket() {
 		return false
 	}
 	fd, err := sh.u.o.FlowSocket(f.s.client, f.dst)
 	if err != nil {
 		sh.giveSocket()
-		f.seen = -1 << 30 // the raw sender does it too
+		f.noSocket = true // the raw sender does it too
 		return false
 	}
 	preparePacket(fd)

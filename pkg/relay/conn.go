@@ -59,6 +59,7 @@ type Conn struct {
 	canceled bool // the context of Dial ended
 	waitR    *waiter
 	waitW    *waiter
+	ended    func()     // see whenEnded; nil: nobody wants to know
 	deadline *deadlines // nil: never set
 
 	local, remote netip.AddrPort
@@ -103,9 +104,34 @@ func (c *Conn) event(l *loop, ev uint32) {
 		c.writable = true
 		w, c.waitW = c.waitW, nil
 	}
+	var ended func()
+	if c.readable {
+		ended, c.ended = c.ended, nil
+	}
 	c.mu.Unlock()
 	wakeAll(r)
 	wakeAll(w)
+	if ended != nil {
+		ended()
+	}
+}
+
+// whenEnded has f called once, by the loop or at once, when the peer has closed
+// or says anything more; not after Close. F must not block.
+func (c *Conn) whenEnded(f func()) {
+	if !c.Quiet() {
+		f()
+		return
+	}
+	c.mu.Lock()
+	now := c.readable || c.state != connOpen
+	if !now {
+		c.ended = f
+	}
+	c.mu.Unlock()
+	if now {
+		f()
+	}
 }
 
 // wait parks until an event, a deadline or Close; it is called with mu held
@@ -258,7 +284,7 @@ func (c *Conn) close(how func(fd int)) error {
 // leave takes the descriptor and all who wait out of c.
 func (c *Conn) leave() (r, w *waiter) {
 	r, w = c.waitR, c.waitW
-	c.fd, c.waitR, c.waitW = -1, nil, nil
+	c.fd, c.waitR, c.waitW, c.ended = -1, nil, nil, nil
 	c.deadline.stop()
 	c.deadline = nil
 	return r, w

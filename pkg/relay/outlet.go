@@ -25,7 +25,6 @@ type outlet struct {
 	socket *Packet
 	ctl    *Conn
 	fd     int32 // of socket; -1: not open yet, or closed
-	ctlFd  int32 // of ctl; -1: none
 	cancel context.CancelFunc
 	closed bool
 
@@ -34,9 +33,12 @@ type outlet struct {
 	named  map[uint16]*udpFlow // by port
 	flows  int
 
-	super  int // see burst.send
-	mtu    int // of the path; 0: unknown
-	mtuAge uint32
+	super  int      // see burst.send
+	mtu    int      // of the path; 0: unknown
+	mtuAge uint32   // tick at which it was asked for
+	begun  uint32   // tick at which it was open
+	busy   bool     // see prepare
+	kept   bool     // see keepAlive
 	queue  []queued // while it is being opened
 }
 
@@ -99,7 +101,7 @@ func (sh *shard) findOutlet(f *udpFlow) bool {
 
 func (sh *shard) openOutlet(f *udpFlow, w *Way) {
 	s := f.s
-	o := &outlet{s: s, key: w.Key, fd: -1, ctlFd: -1, super: maxSuper}
+	o := &outlet{s: s, key: w.Key, fd: -1, super: maxSuper}
 	s.outlets = append(s.outlets, o)
 	sh.u.outlets.Add(1)
 	sh.attach(f, o)
@@ -141,26 +143,17 @@ func (sh *shard) opened(o *outlet, w *Way, made Outlet, err error) {
 	}
 	o.socket, o.ctl = made.Socket, made.Control
 	o.fd = o.socket.fd.Load()
+	o.begun = sh.now
 	if o.socket.pair {
 		o.super = 0
 	}
 	e := sh.register(int(o.fd), ref{outlet: o}, unix.EPOLLIN)
-	if e == 0 && o.ctl != nil {
-		err := o.ctl.Control(func(fd int) error {
-			keepAlive(fd)
-			if e := sh.register(fd, ref{control: o}, unix.EPOLLIN|unix.EPOLLRDHUP); e != 0 {
-				return e
-			}
-			o.ctlFd = int32(fd)
-			return nil
-		})
-		if err != nil {
-			e = unix.ECONNRESET
-		}
-	}
 	if e != 0 {
 		sh.brokenOutlet(o, e)
 		return
+	}
+	if o.ctl != nil {
+		o.ctl.whenEnded(func() { sh.post(func() { sh.closeOutlet(o) }) })
 	}
 	sh.u.associate.Add(1)
 	o.s.noteVia(o.key, made.Via)
@@ -175,6 +168,23 @@ func (sh *shard) opened(o *outlet, w *Way, made Outlet, err error) {
 		}
 	}
 }
+
+// prepare is called for an outlet that more than a question goes through: it
+// gets what most outlets would pay for in vain.
+func (sh *shard) prepare(o *outlet) {
+	if !o.busy {
+		o.busy = true
+		preparePacket(int(o.fd))
+	}
+	if !o.kept && o.ctl != nil && sh.now-o.begun > keepAliveTicks {
+		o.kept = true
+		o.ctl.Control(func(fd int) error { keepAlive(fd); return nil })
+	}
+}
+
+// keepAliveTicks is the age of an outlet from which on a server that is gone
+// without a word has to be noticed.
+const keepAliveTicks = 5
 
 // keepAlive has the kernel ask whether the other end of a control connection is
 // still there, which says nothing as long as all is well.
@@ -321,10 +331,6 @@ func (sh *shard) closeOutlet(o *outlet) {
 		sh.forget(int(o.fd))
 		o.socket.Close()
 		o.fd = -1
-	}
-	if o.ctlFd >= 0 {
-		sh.forget(int(o.ctlFd))
-		o.ctlFd = -1
 	}
 	if o.ctl != nil {
 		o.ctl.Close()

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// packetBuffer is the room for datagrams in each direction of a socket that a
-// [UDP] reads: a burst that comes while others are served.
+// packetBuffer is the room for datagrams of a socket that a [UDP] reads: a burst
+// that comes while others are served.
 const packetBuffer = 1 << 20
 
 // Packet is a UDP socket that datagrams of sessions leave by, made with
@@ -46,7 +46,6 @@ func NewPacket(local netip.Addr, control func(fd int) error) (*Packet, error) {
 		rawClose(fd)
 		return nil, err
 	}
-	preparePacket(fd)
 	p := &Packet{v6: family == unix.AF_INET6}
 	p.fd.Store(int32(fd))
 	return p, nil
@@ -70,9 +69,6 @@ func PacketPair() (p *Packet, f *os.File, err error) {
 func preparePacket(fd int) {
 	if rawSetInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, packetBuffer) != 0 {
 		rawSetInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, packetBuffer)
-	}
-	if rawSetInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, packetBuffer) != 0 {
-		rawSetInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, packetBuffer)
 	}
 	rawSetInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
 }

@@ -20,21 +20,22 @@ type session struct {
 
 // udpFlow is what a session sends to one destination.
 type udpFlow struct {
-	s       *session
-	dst     netip.AddrPort
-	src     flow.PacketSource // whose raw sender the answers leave by
-	verdict Verdict
-	out     *outlet // nil: none, or refused
-	fd      int32   // socket of its own; -1: none
-	seen    int     // datagrams, while it has none
-	super   int     // see burst.send
-	epoch   uint32  // of the verdict
-	last    uint32  // tick of the last datagram
-	retry   uint32  // tick; the way is not tried again before
-	told    uint32  // tick of the last TooBig, plus one
-	failed  bool    // the way could not be opened
-	failure Refusal // what the client was told of it
-	closed  bool
+	s        *session
+	dst      netip.AddrPort
+	src      flow.PacketSource // whose raw sender the answers leave by
+	verdict  Verdict
+	out      *outlet // nil: none, or refused
+	fd       int32   // socket of its own; -1: none
+	seen     int     // datagrams, up to ownSocketAfter
+	noSocket bool    // it cannot have one
+	super    int     // see burst.send
+	epoch    uint32  // of the verdict
+	last     uint32  // tick of the last datagram
+	retry    uint32  // tick; the way is not tried again before
+	told     uint32  // tick of the last TooBig, plus one
+	failed   bool    // the way could not be opened
+	failure  Refusal // what the client was told of it
+	closed   bool
 
 	head, tail int8 // datagrams in shard.batch; -1: none
 

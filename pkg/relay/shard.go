@@ -42,11 +42,10 @@ type flowKey struct{ client, dst netip.AddrPort }
 
 // ref tells whose descriptor it is; one field is set.
 type ref struct {
-	gen     uint32
-	source  flow.PacketSource
-	flow    *udpFlow
-	outlet  *outlet
-	control *outlet // it is the outlet's control connection
+	gen    uint32
+	source flow.PacketSource
+	flow   *udpFlow
+	outlet *outlet
 }
 
 func newShard(u *UDP, sources []flow.PacketSource) (*shard, error) {
@@ -150,8 +149,6 @@ func (sh *shard) dispatch(ev *unix.EpollEvent) {
 		sh.fromClient(r.flow)
 	case r.outlet != nil:
 		sh.fromOutlet(r.outlet)
-	case r.control != nil:
-		sh.closeOutlet(r.control)
 	}
 }
 

@@ -88,5 +88,5 @@ func ask(conn net.Conn, command byte, t flow.Target, o Options) (bound netip.Add
 			return bound, err
 		}
 	}
-	return readReply(conn, &buf)
+	return readReply(conn, &buf, command == commandAssociate)
 }

@@ -321,7 +321,7 @@ func FuzzReply(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, server []byte, segment byte) {
 		conn := &script{server: server, segment: int(segment)}
-		bound, err := readReply(conn, new(scratch))
+		bound, err := readReply(conn, new(scratch), false)
 		used := server[:len(server)-len(conn.server)]
 		size := 7
 		if len(server) >= 7 && server[0] == 5 {

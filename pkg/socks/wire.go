@@ -79,16 +79,21 @@ func readStatus(r io.Reader, buf *scratch) error {
 }
 
 // readReply reads the answer to a request (RFC 1928 section 6) and not a byte
-// more. The shortest one has 7 bytes (an empty name), so that many can be
-// asked for at once.
-func readReply(r io.Reader, buf *scratch) (bound netip.AddrPort, err error) {
-	const head = 7
+// more, unless it is the last that the server says. The shortest one has 7
+// bytes (an empty name), so that many can be asked for at once.
+func readReply(r io.Reader, buf *scratch, last bool) (bound netip.AddrPort, err error) {
+	head := 7
 	b := buf[:head]
-	if n, err := io.ReadFull(r, b); err != nil {
+	if last {
+		b = buf[:]
+	}
+	if n, err := io.ReadAtLeast(r, b, head); err != nil {
 		if n == 0 && errors.Is(err, io.EOF) {
 			return bound, ErrNoReply
 		}
 		return bound, unexpected(err)
+	} else {
+		head = n
 	}
 	if b[0] != version5 {
 		return bound, &ProtocolError{fmt.Sprintf("the reply has version %d", b[0])}
@@ -107,7 +112,7 @@ func readReply(r io.Reader, buf *scratch) (bound netip.AddrPort, err error) {
 		}
 		return bound, &ProtocolError{fmt.Sprintf("the reply has address type %d", b[3])}
 	}
-	if err := readFull(r, buf[head:size]); err != nil {
+	if err := readFull(r, buf[min(head, size):size]); err != nil {
 		return bound, err
 	}
 	if b[1] != 0 {
