@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/tproxyd/tproxyd/internal/daemon"
 	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/relay"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 )
 
@@ -51,7 +52,7 @@ Warnings alone leave it 0.`,
 		Args:    cobra.NoArgs,
 	}
 	src.flags(c)
-	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "also print the rules as they apply, the implicit ones first, and which the kernel decides")
+	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "also print the rules as they apply, the implicit ones first, which the kernel decides, and what UDP holds at most")
 	c.RunE = func(*cobra.Command, []string) error {
 		setup, err := src.load(e)
 		if err != nil {
@@ -59,6 +60,8 @@ Warnings alone leave it 0.`,
 		}
 		if verbose {
 			e.printRules(setup.Table)
+			fmt.Fprintf(e.stdout, "limit     UDP          %d client sockets, %d destinations of them, %d MiB of datagrams that wait for a server\n",
+				relay.UDPMaxSessions, relay.UDPMaxFlows, relay.UDPMaxQueued>>20)
 		}
 		fmt.Fprintf(e.stdout, "ok: %d rules, %d servers\n", len(setup.Table.Rules()), len(setup.Table.Servers()))
 		return nil

@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -44,8 +45,11 @@ type Daemon struct {
 
 	kernel  *redirect.Redirect
 	flows   *redirect.Listener
+	udp     *redirect.UDPListener
+	refuser *redirect.Refuser
 	dns     *redirect.DNS // nil: port 53 is not intercepted
 	engine  *relay.Engine
+	packets *relay.UDP
 	servers *upstream.Pool
 	names   *fakedns.Server
 	gateway *gateway.Gateway
@@ -86,6 +90,12 @@ func (d *Daemon) open() (err error) {
 	if d.flows, err = redirect.ListenTCP(c.Intercept.Mark); err != nil {
 		return err
 	}
+	if d.udp, err = redirect.ListenUDP(c.Intercept.Mark, runtime.GOMAXPROCS(0)); err != nil {
+		return err
+	}
+	if d.refuser, err = redirect.NewRefuser(c.Intercept.Mark); err != nil {
+		return err
+	}
 	if c.Intercept.DNS {
 		if d.dns, err = redirect.ListenDNS(c.Intercept.Mark); err != nil {
 			return err
@@ -122,14 +132,20 @@ func (d *Daemon) open() (err error) {
 		Upstream:  d.servers,
 		Engine:    d.engine,
 		Dial:      d.dial,
+		DialUDP:   d.dialUDP,
 		Resolve:   d.names.Resolve,
 		Interface: d.inboundInterface,
+		Entered:   d.interfaceName,
 		Gone:      gone,
 		Index:     d.kernel.InterfaceName,
 		Own:       d.ownListener,
 		Admit:     func(list []gateway.Admission) error { return d.kernel.Admit(toKernel(list)) },
 		Log:       part("gateway"),
 	})
+	if d.packets, err = relay.NewUDP(d.udpOptions()); err != nil {
+		return err
+	}
+	d.packets.SetLimits(d.setup.udpLimits())
 	if d.socket, err = control.Listen(c.Control.Socket); err != nil {
 		return err
 	}
@@ -233,6 +249,15 @@ func (d *Daemon) release(keep bool) {
 	}
 	if d.flows != nil {
 		d.flows.Close()
+	}
+	if d.packets != nil {
+		d.packets.Close()
+	}
+	if d.udp != nil {
+		d.udp.Close()
+	}
+	if d.refuser != nil {
+		d.refuser.Close()
 	}
 	if d.dns != nil {
 		d.dns.Close()

@@ -75,6 +75,8 @@ func (d *Daemon) reload() error {
 func (d *Daemon) follow(s *Setup, swap func()) {
 	d.servers.Configure(d.upstreamOptions(s))
 	swap()
+	d.packets.SetLimits(s.udpLimits())
+	d.packets.Invalidate()
 	d.names.SetResolvers(s.resolvers())
 	d.names.Reset()
 }

@@ -24,6 +24,7 @@ type Status struct {
 	Flows   gateway.Stats     `json:"flows"`
 	DNS     fakedns.Stats     `json:"dns"`
 	Relay   relay.Stats       `json:"relay"`
+	UDP     relay.UDPStats    `json:"udp"`
 	Kernel  KernelStatus      `json:"kernel"`
 }
 
@@ -55,6 +56,7 @@ func (d *Daemon) Status() Status {
 	s.Flows = d.gateway.Stats()
 	s.DNS = d.names.Stats()
 	s.Relay = d.engine.Stats()
+	s.UDP = d.packets.Stats()
 	s.Kernel.Healed = d.kernel.Healed()
 	var err error
 	if s.Kernel.Counters, err = d.kernel.Counters(); err != nil {
@@ -133,6 +135,22 @@ func (e exporter) Collect(out chan<- prometheus.Metric) {
 	gauge("relay_pipes", "Pipes that exist.", float64(s.Relay.Pipes))
 	counter("relay_refused", "Connections reset for want of descriptors.", s.Relay.Refused)
 	counter("relay_shortages", "Chunks that were copied for want of a pipe.", s.Relay.Shortages)
+
+	udp := s.UDP
+	gauge("udp_sessions", "Client sockets whose datagrams are carried.", float64(udp.Sessions))
+	gauge("udp_flows", "Destinations of all UDP sessions.", float64(udp.Flows))
+	gauge("udp_outlets", "Associations with servers, and sockets for DIRECT.", float64(udp.Outlets))
+	counter("udp_sessions", "UDP sessions since the start.", udp.Opened)
+	counter("udp_associations", "Outlets opened since the start.", udp.Associations)
+	counter("udp_evicted", "UDP flows ended early to make room.", udp.Evicted)
+	counter("udp_refused", "Datagrams answered with an ICMP error.", udp.Refused)
+	for direction, n := range map[string][2]uint64{"up": {udp.UpDatagrams, udp.Up}, "down": {udp.DownDatagrams, udp.Down}} {
+		counter("udp_datagrams", "Datagrams carried.", n[0], "direction", direction)
+		counter("udp_bytes", "Bytes of datagrams carried.", n[1], "direction", direction)
+	}
+	for reason, n := range udp.Dropped {
+		counter("udp_dropped", "Datagrams dropped.", n, "reason", reason)
+	}
 
 	k := s.Kernel
 	for verdict, c := range map[string]redirect.Count{

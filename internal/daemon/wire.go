@@ -5,14 +5,17 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/tproxyd/tproxyd/internal/gateway"
 	"github.com/tproxyd/tproxyd/pkg/fakedns"
+	"github.com/tproxyd/tproxyd/pkg/flow"
 	"github.com/tproxyd/tproxyd/pkg/redirect"
 	"github.com/tproxyd/tproxyd/pkg/relay"
 	"github.com/tproxyd/tproxyd/pkg/routes"
+	"github.com/tproxyd/tproxyd/pkg/socks"
 	"github.com/tproxyd/tproxyd/pkg/upstream"
 	"golang.org/x/sys/unix"
 )
@@ -114,6 +117,7 @@ func (d *Daemon) upstreamOptions(s *Setup) upstream.Options {
 	limits, health := s.Table.Limits(), s.Table.Health()
 	return upstream.Options{
 		Dial:             d.dial,
+		Packet:           d.packet,
 		Resolve:          func(ctx context.Context, host string) ([]netip.Addr, error) { return d.names.Resolve(ctx, host) },
 		ConnectTimeout:   limits.Connect,
 		HandshakeTimeout: limits.Handshake,
@@ -131,6 +135,61 @@ func (d *Daemon) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) 
 		return nil, err // not a nil *relay.Conn in an interface
 	}
 	return c, nil
+}
+
+// packet makes a socket for the datagrams of an association.
+func (d *Daemon) packet(local netip.Addr) (upstream.PacketSocket, error) {
+	p, err := relay.NewPacket(local, d.mark.MarkOwn)
+	if err != nil {
+		return nil, err // not a nil *relay.Packet in an interface
+	}
+	return p, nil
+}
+
+// dialUDP makes a socket for datagrams to a DIRECT destination.
+func (d *Daemon) dialUDP(to netip.AddrPort) (*relay.Packet, error) {
+	local := netip.IPv4Unspecified()
+	if to.Addr().Is6() {
+		local = netip.IPv6Unspecified()
+	}
+	p, err := relay.NewPacket(local, d.mark.MarkOwn)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Connect(to); err != nil {
+		p.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// udpOptions wires the sessions of UDP to the kernel and to the rules.
+func (d *Daemon) udpOptions() relay.UDPOptions {
+	return relay.UDPOptions{
+		Sources:    d.udp.Shards(),
+		Decide:     d.gateway.DecideUDP,
+		Header:     socks.ParseUDPHeader,
+		FlowSocket: d.mark.ConnectUDP,
+		Refuse:     func(g flow.Datagram, r relay.Refusal) { d.refuser.Refuse(g, refusals[r]) },
+		TooBig:     func(g flow.Datagram, mtu int) { d.refuser.TooBig(g, mtu) },
+		Done:       d.gateway.SessionDone,
+		Log:        d.log.With("part", "relay"),
+	}
+}
+
+// refusals says in the kernel's words how the relay refuses.
+var refusals = map[relay.Refusal]redirect.Refusal{
+	relay.RefusePort:       redirect.PortUnreachable,
+	relay.RefuseHost:       redirect.HostUnreachable,
+	relay.RefuseNet:        redirect.NetUnreachable,
+	relay.RefuseProhibited: redirect.Prohibited,
+}
+
+// udpLimits are the limits of inactivity of UDP: of all of it, and of what ends
+// with its answer.
+func (s *Setup) udpLimits() (idle, short time.Duration) {
+	l := s.Table.Limits()
+	return l.UDP, l.DNS
 }
 
 // dialMarked is dial for sockets that the relay has nothing to do with.
@@ -197,13 +256,13 @@ func gone(c *relay.Conn) bool {
 }
 
 // ports are where the kernel diverts to.
-func (d *Daemon) ports() redirect.Ports { return redirect.PortsOf(d.flows, nil, d.dns) }
+func (d *Daemon) ports() redirect.Ports { return redirect.PortsOf(d.flows, d.udp, d.dns) }
 
 // ownListener tells whether a flow's destination is where flows are accepted:
 // carrying it would never end.
 func (d *Daemon) ownListener(to netip.AddrPort) bool {
 	p := d.ports()
-	return to.Addr().IsLoopback() && (to.Port() == p.TCP || p.DNSTCP != 0 && to.Port() == p.DNSTCP)
+	return to.Addr().IsLoopback() && to.Port() != 0 && slices.Contains([]uint16{p.TCP, p.UDP, p.DNSTCP, p.DNSUDP}, to.Port())
 }
 
 // hostAddrs knows the addresses of this host. They are read again when they

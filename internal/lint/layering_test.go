@@ -35,7 +35,7 @@ var rooms = map[string]room{
 		libs: []string{"github.com/coreos/go-systemd", "github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync", "golang.org/x/sys"},
 	},
 	"cmd/tproxyd": {
-		own:  []string{"pkg/flow", "pkg/routes", "pkg/redirect", "internal/config", "internal/control", "internal/daemon", "internal/netns", "internal/socksserver"},
+		own:  []string{"pkg/flow", "pkg/routes", "pkg/redirect", "pkg/relay", "internal/config", "internal/control", "internal/daemon", "internal/netns", "internal/socksserver"},
 		libs: []string{"github.com/spf13/cobra", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"},
 	},
 
