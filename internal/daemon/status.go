@@ -154,7 +154,7 @@ func (e exporter) Collect(out chan<- prometheus.Metric) {
 
 	k := s.Kernel
 	for verdict, c := range map[string]redirect.Count{
-		"diverted": k.Diverted, "dns": k.DNS, "direct": k.Direct, "denied": k.Denied, "refused": k.Refused, "guard": k.Guard,
+		"diverted": k.Diverted, "datagrams": k.Datagrams, "dns": k.DNS, "direct": k.Direct, "denied": k.Denied, "refused": k.Refused, "guard": k.Guard,
 	} {
 		counter("kernel_packets", "Packets by what the table did with them; guard: a rule of routing was missing.", c.Packets, "verdict", verdict)
 	}
