@@ -24,7 +24,7 @@ import (
 type UDP struct {
 	Refuse    byte           // REP for every UDP ASSOCIATE, 7 as a server without UDP; 0: the true one
 	HangUp    bool           // close in place of the reply, as ssh -D
-	OwnOnly   bool           // REP 1 unless the request names the control connection's address and a port, as hpsockd
+	OwnOnly   bool           // REP 2 if the request names another address, and nothing carried if it names no port, as hpsockd
 	Bound     netip.AddrPort // BND in the reply: address, port, or both; what is zero is told truly
 	BoundName string         // BND.ADDR is this name (ATYP 3); empty: an address
 	Names     bool           // replies of those that were asked by name bear the name, as v2ray
@@ -141,11 +141,11 @@ func (s *Server) open(c net.Conn, dst flow.Target) (*association, byte) {
 	}
 	client := netip.AddrPortFrom(dst.Addr.Unmap(), dst.Port)
 	from := peer.AddrPort().Addr().Unmap()
-	if s.UDP.OwnOnly && (client.Addr() != from.WithZone("") || client.Port() == 0) {
-		return nil, 1
-	}
 	if client.Addr().IsUnspecified() {
 		client = netip.AddrPortFrom(from.WithZone(""), client.Port())
+	}
+	if s.UDP.OwnOnly && client.Addr() != from.WithZone("") {
+		return nil, 2
 	}
 	a := &association{s: s, control: c, client: client}
 	if s.UDP.Names || s.UDP.AskedOnly {
@@ -320,7 +320,8 @@ func (a *association) toOutside(ctx context.Context, b []byte, from netip.AddrPo
 func (a *association) isClient(from netip.AddrPort) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if from.Addr().WithZone("") != a.client.Addr().WithZone("") || a.client.Port() != 0 && a.client.Port() != from.Port() {
+	open := a.client.Port() == 0 && !a.s.UDP.OwnOnly
+	if from.Addr().WithZone("") != a.client.Addr().WithZone("") || a.client.Port() != from.Port() && !open {
 		return false
 	}
 	a.client = from // with the zone, where it has one
