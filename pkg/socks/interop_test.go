@@ -24,7 +24,7 @@ func startServer(t *testing.T, etc map[string]string, listen []netip.AddrPort, a
 	t.Helper()
 	path, err := exec.LookPath(argv[0])
 	if err != nil {
-		t.Fatalf("%v (Debian: apt install dante-server microsocks)", err)
+		t.Fatalf("%v (Debian: apt install dante-server hpsockd microsocks)", err)
 	}
 	script := "set -e\n"
 	for name, text := range etc {
@@ -264,4 +264,85 @@ func TestInterop(t *testing.T) {
 			}
 		})
 	}
+}
+
+// hpsockd starts HP's server, which speaks IPv4 alone.
+func hpsockd(t *testing.T) []netip.AddrPort {
+	t.Helper()
+	if _, err := exec.LookPath("hpsockd"); err != nil {
+		t.Fatalf("%v (Debian: apt install hpsockd)", err)
+	}
+	dir := t.TempDir()
+	at := freePort(t, "127.0.0.4")
+	// It gives up root before it writes there, and could not enter t.TempDir.
+	state, err := os.MkdirTemp("", "hpsockd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(state) })
+	if err := os.Chmod(state, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	conf := filepath.Join(dir, "hpsockd.conf")
+	text := fmt.Sprintf(`daemon {
+	directory "%s";
+	negotiate-file "negotiate";
+	listen-address { %s; };
+	port %d;
+	user "nobody";
+};
+route { { default 127.0.0.1; }; };
+method-list { { number 0; name "noAuth"; internal; flags 0; }; };
+client-method { { src { 127.0.0.0/8; }; method { "noAuth"; }; }; };
+client { permit { src { 127.0.0.0/8; }; }; };
+`, state, at.Addr(), at.Port())
+	if err := os.WriteFile(conf, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// Without somebody behind /dev/log it does not take its configuration.
+	log, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: state + "/log", Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
+	if err := os.Chmod(state+"/log", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	said := make(chan string, 1)
+	go func() {
+		all, b := "", make([]byte, 4096)
+		for {
+			n, err := log.Read(b)
+			if err != nil {
+				said <- all
+				return
+			}
+			all += string(b[:n]) + "\n"
+		}
+	}()
+	t.Cleanup(func() {
+		log.Close()
+		if all := <-said; t.Failed() {
+			t.Logf("hpsockd's log:\n%s", all)
+		}
+	})
+	// It goes into the background; the first process of the namespace has to
+	// stay. Its own host's name must have an address.
+	startServer(t, map[string]string{"hosts": "127.0.0.1 localhost " + hostname(t) + "\n", "nsswitch.conf": files["nsswitch.conf"]},
+		[]netip.AddrPort{at}, "sh", "-c", `
+mount -t tmpfs none /dev
+mknod -m 666 /dev/null c 1 3
+ln -s "$1" /dev/log
+hpsockd -c "$2"
+exec sleep infinity`, "sh", state+"/log", conf)
+	return []netip.AddrPort{at}
+}
+
+func hostname(t *testing.T) string {
+	t.Helper()
+	name, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name
 }
