@@ -15,10 +15,12 @@ import (
 // value is PortUnreachable.
 type Refusal uint8
 
-// The refusals, by their names in RFC 792 and RFC 4443, and what a connected
-// socket on Linux sees of each.
+// The refusals, by their names in RFC 792 and RFC 4443, and the error that a
+// connected socket on Linux has of each. Of the two that say that something is
+// unreachable now it has none, unless it asked for all (IP_RECVERR): most
+// programs go on waiting then.
 const (
-	PortUnreachable Refusal = iota // ECONNREFUSED: something else may be tried at once
+	PortUnreachable Refusal = iota // ECONNREFUSED
 	HostUnreachable                // EHOSTUNREACH
 	NetUnreachable                 // ENETUNREACH
 	Prohibited                     // EHOSTUNREACH over IPv4, EACCES over IPv6

@@ -157,6 +157,11 @@ const flowReceiveBuffer = 1 << 20
 // receive buffer of 1 MiB, less if the process may not have so much. The caller
 // owns it.
 //
+// While it is open a datagram that the rules have come to let pass comes to it or
+// is dropped, since the kernel finds sockets before it routes (udp_early_demux);
+// one that they refuse is refused. So after Apply the sockets of flows are to be
+// closed, those of flows that are DIRECT now at least.
+//
 // An error that is EADDRINUSE says that a socket of this host has the port on
 // all of its addresses and does not share it (SO_REUSEADDR). WriteBatch of a
 // UDPListener's socket sends from there all the same.
