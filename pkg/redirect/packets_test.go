@@ -174,9 +174,13 @@ func TestLocal(t *testing.T) {
 		t.Cleanup(func() { l.Close() })
 		go answer(l, func(net.Conn) string { return "service" })
 	})
-	w.expect(w.client, asked{"tcp 10.7.1.1:7777", "service"}, asked{"tcp [2001:db8:1::1]:7777", "service"})
-	w.expect(w.server, asked{"tcp 192.0.2.1:7777", "service"}, asked{"tcp [2001:db8:2::1]:7777", "service"}, asked{"ping 192.0.2.1", "answer"})
-	w.expect(w.gateway, asked{"tcp 127.0.0.1:7777", "service"}, asked{"tcp 10.7.1.1:7777", "service"})
+	w.serveUDP(w.gateway, 7777)
+	w.expect(w.client, asked{"tcp 10.7.1.1:7777", "service"}, asked{"tcp [2001:db8:1::1]:7777", "service"},
+		asked{"udp 10.7.1.1:7777", "server hello"}, asked{"udp [2001:db8:1::1]:7777", "server hello"})
+	w.expect(w.server, asked{"tcp 192.0.2.1:7777", "service"}, asked{"tcp [2001:db8:2::1]:7777", "service"}, asked{"ping 192.0.2.1", "answer"},
+		asked{"udp 192.0.2.1:7777", "server hello"}, asked{"udp [2001:db8:2::1]:7777", "server hello"})
+	w.expect(w.gateway, asked{"tcp 127.0.0.1:7777", "service"}, asked{"tcp 10.7.1.1:7777", "service"},
+		asked{"udp 127.0.0.1:7777", "server hello"}, asked{"udp 10.7.1.1:7777", "server hello"})
 }
 
 // Nobody listening: refused at once, and nothing leaves.
@@ -242,7 +246,8 @@ func TestOpenedFromOutside(t *testing.T) {
 		p.Blocks = []Block{{Proxy: ranges("0.0.0.0/0", "::/0")}} // the server's own address too
 		w.start(p)
 		w.gateway.run(`nft add table ip nat`, `nft add chain ip nat pre '{ type nat hook prerouting priority dstnat; }'`,
-			`nft add rule ip nat pre iifname wan0 tcp dport 8080 dnat to 10.7.1.2:7777`)
+			`nft add rule ip nat pre iifname wan0 meta l4proto { tcp, udp } th dport 8080 dnat to 10.7.1.2:7777`)
+		w.serveUDP(w.client, 7777)
 		w.client.do(func() {
 			l, err := net.Listen("tcp", ":7777")
 			if err != nil {
@@ -256,6 +261,9 @@ func TestOpenedFromOutside(t *testing.T) {
 			asked{"tcp 192.0.2.1:8080", "lan service"},
 			asked{"tcp 10.7.1.2:7777", "lan service"},
 			asked{"tcp [2001:db8:1::2]:7777", "lan service"},
+			asked{"udp 192.0.2.1:8080", "server hello"},
+			asked{"udp 10.7.1.2:7777", "server hello"},
+			asked{"udp [2001:db8:1::2]:7777", "server hello"},
 			asked{"ping 10.7.1.2", "answer"},
 			asked{"ping 2001:db8:1::2", "answer"})
 		w.expect(w.client, asked{"tcp 192.0.2.2:80", "proxy 192.0.2.2:80 lan"}, asked{"tcp [2001:db8:2::2]:80", "proxy [2001:db8:2::2]:80 lan"})

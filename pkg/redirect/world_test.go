@@ -116,28 +116,42 @@ func (w *world) leaked() {
 	}
 }
 
-// serve answers on a port of the server, a datagram from the address that it
-// was sent to.
+// serve answers on a port of the server.
 func (w *world) serve(port int) {
 	w.t.Helper()
 	var l net.Listener
+	var err error
+	w.server.do(func() { l, err = net.Listen("tcp", fmt.Sprintf(":%d", port)) })
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { l.Close() })
+	go answer(l, func(c net.Conn) string { return "server " + c.LocalAddr().String() })
+	w.serveUDP(w.server, port)
+}
+
+// serveUDP answers datagrams on a port of a host, from the address that each was
+// sent to.
+func (w *world) serveUDP(n *netns, port int) {
+	w.t.Helper()
 	var ps [2]*net.UDPConn
-	var errs [5]error
-	w.server.do(func() {
-		l, errs[0] = net.Listen("tcp", fmt.Sprintf(":%d", port))
-		ps[0], errs[1] = net.ListenUDP("udp4", &net.UDPAddr{Port: port})
-		ps[1], errs[2] = net.ListenUDP("udp6", &net.UDPAddr{Port: port})
+	var errs [4]error
+	n.do(func() {
+		ps[0], errs[0] = net.ListenUDP("udp4", &net.UDPAddr{Port: port})
+		ps[1], errs[1] = net.ListenUDP("udp6", &net.UDPAddr{Port: port})
 	})
+	if err := errors.Join(errs[:]...); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { ps[0].Close(); ps[1].Close() })
 	for i, o := range []option{{unix.SOL_IP, unix.IP_PKTINFO, ""}, {unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, ""}} {
 		if raw, err := ps[i].SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) { errs[3+i] = switchOn(int(fd), o) })
+			raw.Control(func(fd uintptr) { errs[2+i] = switchOn(int(fd), o) })
 		}
 	}
 	if err := errors.Join(errs[:]...); err != nil {
 		w.t.Fatal(err)
 	}
-	w.t.Cleanup(func() { l.Close(); ps[0].Close(); ps[1].Close() })
-	go answer(l, func(c net.Conn) string { return "server " + c.LocalAddr().String() })
 	go echo(ps[0], unix.SizeofCmsghdr) // in_pktinfo begins with the interface
 	go echo(ps[1], unix.SizeofCmsghdr+16)
 }
