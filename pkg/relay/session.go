@@ -132,6 +132,20 @@ func (sh *shard) decide(f *udpFlow) {
 	sh.list(f)
 }
 
+// decideAll decides every flow anew. One that is not to go on as it did ends, and
+// its own socket with it: what the kernel decides is not to come to that, nor
+// an answer to leave by it.
+func (sh *shard) decideAll() {
+	for _, f := range sh.flows {
+		if f.epoch != sh.u.epoch.Load() {
+			sh.decide(f)
+		}
+		if f.out == nil {
+			sh.closeFlow(f)
+		}
+	}
+}
+
 // list puts a flow at the end of the list that its verdict belongs to.
 func (sh *shard) list(f *udpFlow) {
 	if f.list != nil {

@@ -19,6 +19,7 @@ type shard struct {
 	refs    []ref // by descriptor: whose it is
 	gen     uint32
 	now     uint32 // the tick that was served last
+	epoch   uint32 // of UDP, the one that all flows were decided for last
 
 	sessions map[netip.AddrPort]*session // by client socket
 	flows    map[flowKey]*udpFlow
@@ -165,12 +166,16 @@ func (sh *shard) serve() {
 		sh.now = now
 		sh.expire()
 	}
+	if epoch := sh.u.epoch.Load(); epoch != sh.epoch {
+		sh.epoch = epoch
+		sh.decideAll()
+	}
 }
 
 func (sh *shard) waiting() bool {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	return len(sh.posted) > 0 || sh.now != sh.u.now.Load() || sh.stopped.Load()
+	return len(sh.posted) > 0 || sh.now != sh.u.now.Load() || sh.epoch != sh.u.epoch.Load() || sh.stopped.Load()
 }
 
 // post has the loop run f; false if the loop has ended. Any goroutine may call

@@ -280,9 +280,15 @@ func (u *UDP) SetLimits(idle, short time.Duration) {
 	u.short.Store(ticks(min(short, idle)))
 }
 
-// Invalidate has every flow decided anew with its next datagram, in whichever
-// direction it goes.
-func (u *UDP) Invalidate() { u.epoch.Add(1) }
+// Invalidate has every flow decided anew before another datagram of it moves.
+// A flow that goes on as it did keeps its outlet; any other ends, and begins
+// anew with the client's next datagram.
+func (u *UDP) Invalidate() {
+	u.epoch.Add(1)
+	for _, sh := range u.shards {
+		sh.wake()
+	}
+}
 
 // Close ends all sessions and waits until everything has ended. It must not be
 // called by a function that was handed in.
