@@ -129,7 +129,9 @@ func (sh *shard) decide(f *udpFlow) {
 			sh.closeOutlet(o)
 		}
 	}
-	sh.list(f)
+	if f.list != sh.listOf(f) {
+		sh.use(f)
+	}
 }
 
 // decideAll decides every flow anew. One that is not to go on as it did ends, and
@@ -146,23 +148,27 @@ func (sh *shard) decideAll() {
 	}
 }
 
-// list puts a flow at the end of the list that its verdict belongs to.
-func (sh *shard) list(f *udpFlow) {
+// listOf returns the list that a flow belongs to.
+func (sh *shard) listOf(f *udpFlow) *flowList {
+	if f.verdict.Short || f.verdict.Way == nil {
+		return &sh.brief
+	}
+	return &sh.long
+}
+
+// use puts a flow at the end of its list.
+func (sh *shard) use(f *udpFlow) {
 	if f.list != nil {
 		f.list.remove(f)
 	}
-	if f.verdict.Short || f.verdict.Way == nil {
-		sh.brief.add(f)
-	} else {
-		sh.long.add(f)
-	}
+	sh.listOf(f).add(f)
 }
 
 // touch notes that a flow is used, and has it decided anew after Invalidate.
 func (sh *shard) touch(f *udpFlow) {
 	if f.last != sh.now {
 		f.last = sh.now
-		sh.list(f)
+		sh.use(f)
 	}
 	if f.epoch != sh.u.epoch.Load() {
 		sh.decide(f)
