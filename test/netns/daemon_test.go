@@ -58,6 +58,7 @@ type settings struct {
 	credentials string   // the text of credentials.toml; empty: none
 	interfaces  []string // nil: lan0; empty: none
 	local       bool
+	noDNS       bool     // port 53 is as any other
 	fail        string   // empty: not stated
 	resolvers   []string // nil: the inside's name server
 	state       string   // empty: a directory of the host
@@ -103,6 +104,9 @@ func (d *daemon) write(t testing.TB) {
 		fmt.Fprintf(&b, "credentials = \"credentials.toml\"\n")
 	}
 	fmt.Fprintf(&b, "\n[intercept]\ninterfaces = [%s]\nlocal = %v\n", quoted(d.set.interfaces), d.set.local)
+	if d.set.noDNS {
+		fmt.Fprintf(&b, "dns = false\n")
+	}
 	if d.set.fail != "" {
 		fmt.Fprintf(&b, "fail = %q\n", d.set.fail)
 	}

@@ -20,9 +20,9 @@ import (
 //
 //	outside --8080--> gateway (dnat) --80--> client
 //	client  --------> gateway --------> inside     DIRECT, by address and name
-//	client  --------> gateway --x                  DENY, and UDP that SOCKS would have to carry
+//	client  --------> gateway --x                  DENY, and UDP, which the server does not carry
 
-const directRoutes = `SERVER one 198.51.100.11
+const directRoutes = `SERVER one 198.51.100.11 udp=off
 DENY 203.0.113.80 eq 81
 DENY 2001:db8:3::80 eq 81
 DIRECT 198.51.100.0/24

@@ -19,7 +19,7 @@ func TestLocalOutput(t *testing.T) {
 	w := newWorld(t)
 	one, _ := w.dante(t)
 	startWeb(t, w.gateway, lanAt, lanAt6, wanAt, "127.0.0.1:8080", "[::1]:8080")
-	d := serve(t, w.gateway, settings{local: true, routes: `SERVER one 198.51.100.11
+	d := serve(t, w.gateway, settings{local: true, routes: `SERVER one 198.51.100.11 udp=off
 DIRECT 198.51.100.0/24
 DIRECT 2001:db8:2::/64
 DENY 203.0.113.80 eq 81

@@ -22,9 +22,11 @@ type danted struct {
 }
 
 // openDante is a danted.conf that lets everybody do everything: listening on
-// the addresses of internal, leaving from those of external.
+// the addresses of internal, leaving from those of external. Whoever is told of
+// a UDP socket of it may send to it.
 func openDante(internal, external []string) string {
 	return danteConf(internal, external, "none", `
+udp.connectdst: no
 client pass { from: 0/0 to: 0/0 log: connect error }
 socks pass { from: 0/0 to: 0/0 log: connect error }`)
 }
