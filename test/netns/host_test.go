@@ -235,8 +235,8 @@ func (h *host) listenPacket(t testing.TB, network, addr string) net.PacketConn {
 
 // tools are the programs that the tests run, and Debian's packages of them.
 var tools = map[string]string{
-	"curl": "curl", "danted": "dante-server", "dig": "bind9-dnsutils", "ip": "iproute2",
-	"microsocks": "microsocks", "nft": "nftables", "ping": "iputils-ping",
+	"curl": "curl", "danted": "dante-server", "dig": "bind9-dnsutils", "hpsockd": "hpsockd", "ip": "iproute2",
+	"microsocks": "microsocks", "nft": "nftables", "ping": "iputils-ping", "unshare": "util-linux",
 }
 
 // tool returns the path of a program, or fails with the package that has it.

@@ -2,6 +2,7 @@ package netns_test
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -82,4 +83,51 @@ func waitPort(t testing.TB, h *host, addr string, why func() string) {
 			t.Fatalf("%s: nothing listens on %s: %v\n%s", h.name, addr, err, why())
 		}
 	}
+}
+
+// startHpsockd starts HP's server for the gateway, in IPv4 alone: listening on one
+// address, leaving from another. It carries datagrams only of clients that
+// name their own address and port.
+func startHpsockd(t testing.TB, h *host, internal, external string) *process {
+	t.Helper()
+	name, err := os.Hostname()
+	h.must(t, err)
+	h.replace(t, "/etc/hosts", "127.0.0.1 localhost "+name+"\n", 0o644) // it wants its own name's address
+	state := h.dir + "/hpsockd"
+	h.must(t, os.Mkdir(state, 0o777))
+	h.must(t, os.Chmod(state, 0o777)) // it gives up root before it writes there
+	conf := h.file(t, "hpsockd.conf", fmt.Sprintf(`daemon {
+	directory "%s";
+	negotiate-file "negotiate";
+	listen-address { %s; };
+	port 1080;
+	user "nobody";
+};
+route { { default %s; }; };
+method-list { { number 0; name "noAuth"; internal; flags 0; }; };
+client-method { { src { %s/32; }; method { "noAuth"; }; }; };
+client { permit { src { %s/32; }; }; };
+`, state, internal, external, wanAt, wanAt), 0o644)
+	// Without somebody behind /dev/log it does not take its configuration.
+	log, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: state + "/log", Net: "unixgram"})
+	h.must(t, err)
+	t.Cleanup(func() { log.Close() })
+	h.must(t, os.Chmod(state+"/log", 0o777))
+	var said buffer
+	go func() {
+		b := make([]byte, 4096)
+		for {
+			n, err := log.Read(b)
+			if err != nil {
+				return
+			}
+			said.Write(append(b[:n], '\n'))
+		}
+	}()
+	// It goes into the background, and what it forked ends with the shell.
+	p := h.start(t, command{alone: true, args: []string{tool(t, "unshare"), "-m", "/bin/sh", "-c", `
+mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && ln -s "$1" /dev/log && "$2" -c "$3" && exec sleep infinity`,
+		"sh", state + "/log", tool(t, "hpsockd"), conf}})
+	waitPort(t, h, internal+":1080", func() string { return p.output() + said.String() })
+	return p
 }

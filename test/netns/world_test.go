@@ -145,8 +145,9 @@ func (w *world) dante(t testing.TB) (one, two *danted) {
 }
 
 // observe counts at net what comes from the gateway for anybody but a SOCKS
-// server: its SOCKS port, or from the gateway itself any UDP port, since an
-// association has one of its own, and errors about what came from there. It sees packets as they arrive, whatever the gateway
+// server: its SOCKS port, or from the gateway itself any UDP port of either of
+// its addresses, since an association has one of its own, and errors about what
+// came from there. It sees packets as they arrive, whatever the gateway
 // says of itself.
 func (w *world) observe(t testing.TB) {
 	t.Helper()
@@ -163,15 +164,16 @@ table inet observer {
 		iifname != "wan0" accept
 		ip daddr { %s, %s } tcp dport 1080 counter name socks accept
 		ip6 daddr { %s, %s } tcp dport 1080 counter name socks accept
-		ip saddr %s ip daddr { %s, %s } meta l4proto { udp, icmp } counter name socks accept
-		ip6 saddr %s ip6 daddr { %s, %s } meta l4proto { udp, icmpv6 } counter name socks accept
+		ip saddr %s ip daddr { %s, %s, %s, %s } meta l4proto { udp, icmp } counter name socks accept
+		ip6 saddr %s ip6 daddr { %s, %s, %s, %s } meta l4proto { udp, icmpv6 } counter name socks accept
 		icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert, mld-listener-report, mld2-listener-report } accept
 		meta l4proto igmp accept
 		counter name leaked
 		meta nfproto ipv4 meta l4proto { tcp, udp } add @offenders4 { ip saddr . ip daddr . meta l4proto . th dport }
 		meta nfproto ipv6 meta l4proto { tcp, udp } add @offenders6 { ip6 saddr . ip6 daddr . meta l4proto . th dport }
 	}
-}`, socks1At, socks2At, socks1At6, socks2At6, wanAt, socks1At, socks2At, wanAt6, socks1At6, socks2At6))
+}`, socks1At, socks2At, socks1At6, socks2At6,
+		wanAt, socks1At, socks2At, socks1Out, socks2Out, wanAt6, socks1At6, socks2At6, socks1Out6, socks2Out6))
 }
 
 // leaked returns how many packets the observer saw that it should not have,
