@@ -24,13 +24,13 @@ func TestMain(m *testing.M) {
 
 // netns is a network namespace that lives on one thread.
 type netns struct {
-	t    *testing.T
+	t    testing.TB
 	work chan func()
 	path string
 }
 
 // newNetns makes a namespace with lo up. It ends with the test.
-func newNetns(t *testing.T) *netns {
+func newNetns(t testing.TB) *netns {
 	t.Helper()
 	n := &netns{t: t, work: make(chan func())}
 	ready := make(chan error)

@@ -81,7 +81,7 @@ func (w *world) expectText(c <-chan arrival, text string) arrival {
 // something else happens than what it is asked for.
 type udpClient struct {
 	*net.UDPConn
-	t *testing.T
+	t testing.TB
 }
 
 func (w *world) dialUDP(from *netns, addr string) *udpClient {

@@ -27,7 +27,7 @@ import (
 // The server answers TCP and UDP on ports 53, 80 and 7000, and counts what comes
 // to it. Nothing is known to the client but that the gateway is its router.
 type world struct {
-	t                       *testing.T
+	t                       testing.TB
 	client, gateway, server *netns
 
 	r   *Redirect
@@ -61,7 +61,7 @@ func worldPlan() Plan {
 	}
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{t: t, client: newNetns(t), gateway: newNetns(t), server: newNetns(t)}
 	// The indexes differ, since the kernel tells of carrier late if they do not.
