@@ -199,7 +199,7 @@ func (b *burst) single(fd, n int) (int, unix.Errno) {
 	for {
 		var k uintptr
 		var e unix.Errno
-		if n == 1 {
+		if n == 1 && b.iovecs[0].Len+b.iovecs[1].Len > 0 { // writev(2) of nothing does nothing
 			k = 1
 			_, _, e = unix.RawSyscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(&b.iovecs[0])), 2)
 		} else {
