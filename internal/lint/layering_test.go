@@ -41,7 +41,7 @@ var rooms = map[string]room{
 
 	"bench":         {own: []string{"internal/netns"}, libs: []string{"github.com/google/nftables", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	"internal/lint": {},
-	"test/netns":    {own: []string{"internal", "pkg"}, libs: []string{"github.com/miekg/dns", "github.com/google/go-cmp", "golang.org/x/sys"}},
+	"test/netns":    {own: []string{"internal", "pkg"}, libs: []string{"github.com/miekg/dns", "github.com/google/go-cmp", "github.com/quic-go/quic-go", "golang.org/x/sys"}},
 }
 
 // testRoom is what the tests of every package may import on top.

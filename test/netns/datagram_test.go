@@ -142,9 +142,12 @@ func echoed(t testing.TB, c *net.UDPConn, n int) {
 	}
 }
 
-// refused says whether an error is what an ICMP error makes of a datagram.
+// refused says whether an error is what an ICMP error makes of a datagram, or
+// EPERM, which a socket of the gateway sees already as it writes what the
+// kernel denies.
 func refused(err error) bool {
-	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.EACCES)
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) ||
+		errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM)
 }
 
 // refusedAtOnce fails the test unless a datagram is answered with an ICMP error
