@@ -2,6 +2,7 @@ package relay
 
 import (
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -27,6 +28,9 @@ type poller struct {
 	events  []unix.EpollEvent
 	awake   atomic.Bool
 	stopped atomic.Bool
+
+	waking   sync.Mutex
+	released bool // wakefd is closed, and can be another's
 }
 
 func (p *poller) open() error {
@@ -54,6 +58,9 @@ func (p *poller) open() error {
 }
 
 func (p *poller) release() {
+	p.waking.Lock()
+	p.released = true
+	p.waking.Unlock()
 	rawClose(p.wakefd)
 	p.file.Close()
 }
@@ -97,7 +104,11 @@ func (p *poller) wake() {
 		return
 	}
 	one := [8]byte{1}
-	unix.RawSyscall(unix.SYS_WRITE, uintptr(p.wakefd), uintptr(unsafe.Pointer(&one[0])), 8)
+	p.waking.Lock()
+	if !p.released {
+		unix.RawSyscall(unix.SYS_WRITE, uintptr(p.wakefd), uintptr(unsafe.Pointer(&one[0])), 8)
+	}
+	p.waking.Unlock()
 }
 
 func (p *poller) stop() {
