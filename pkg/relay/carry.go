@@ -188,7 +188,7 @@ func (sh *shard) ownSocket(f *udpFlow, n int) bool {
 		return false
 	}
 	preparePacket(fd)
-	if e := sh.register(fd, ref{flow: f}, unix.EPOLLIN); e != 0 {
+	if e := sh.register(fd, ref{flow: f}); e != 0 {
 		rawClose(fd)
 		sh.giveSocket()
 		return false

@@ -147,7 +147,7 @@ func (sh *shard) opened(o *outlet, w *Way, made Outlet, err error) {
 	if o.socket.pair {
 		o.super = 0
 	}
-	e := sh.register(int(o.fd), ref{outlet: o}, unix.EPOLLIN)
+	e := sh.register(int(o.fd), ref{outlet: o})
 	if e != 0 {
 		sh.brokenOutlet(o, e)
 		return

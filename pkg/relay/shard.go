@@ -61,7 +61,7 @@ func newShard(u *UDP, sources []flow.PacketSource) (*shard, error) {
 	}
 	for _, src := range sources {
 		err := src.Control(func(fd int) error {
-			if e := sh.register(fd, ref{source: src}, unix.EPOLLIN); e != 0 {
+			if e := sh.register(fd, ref{source: src}); e != 0 {
 				return e
 			}
 			return nil
@@ -74,12 +74,18 @@ func newShard(u *UDP, sources []flow.PacketSource) (*shard, error) {
 	return sh, nil
 }
 
-func (sh *shard) register(fd int, r ref, events uint32) unix.Errno {
+// register has a socket reported: a source as long as there is something to
+// read, any other when something comes.
+func (sh *shard) register(fd int, r ref) unix.Errno {
 	if fd >= len(sh.refs) {
 		sh.refs = append(sh.refs, make([]ref, fd+1+len(sh.refs)/4-len(sh.refs))...)
 	}
 	sh.gen++
 	r.gen = sh.gen
+	events := uint32(unix.EPOLLIN)
+	if r.source == nil {
+		events |= edgeTriggered
+	}
 	e := sh.control(unix.EPOLL_CTL_ADD, int32(fd), r.gen, events)
 	if e == 0 {
 		sh.refs[fd] = r
@@ -109,21 +115,24 @@ func (sh *shard) leave() {
 	sh.release()
 }
 
-// turns serves what there is, and returns when the loop has to sleep. Sockets
-// are reported as long as there is something to read, so it looks once more
-// until there is none.
+// turns serves what there is, and returns when the loop has to sleep. A fetch
+// that did not fill the array left nothing ready behind but a source, which is
+// reported for as long as there is something to read.
 func (sh *shard) turns(uintptr) (done bool) {
 	sh.awake.Store(true)
 	for {
 		n := sh.fetch()
+		more := n == len(sh.events)
 		for i := range sh.events[:n] {
-			sh.dispatch(&sh.events[i])
+			if sh.dispatch(&sh.events[i]) {
+				more = true
+			}
 		}
 		sh.serve()
 		if sh.stopped.Load() {
 			return true
 		}
-		if n > 0 {
+		if more {
 			// What the events above made ready runs now.
 			runtime.Gosched()
 			continue
@@ -137,21 +146,37 @@ func (sh *shard) turns(uintptr) (done bool) {
 	}
 }
 
-func (sh *shard) dispatch(ev *unix.EpollEvent) {
+// dispatch serves one event, and tells whether there may be more of it that no
+// further event will report.
+func (sh *shard) dispatch(ev *unix.EpollEvent) (more bool) {
 	if sh.woken(ev) {
-		return
+		return false
 	}
 	r := sh.refs[ev.Fd]
-	switch {
-	case r.gen != uint32(ev.Pad): // it was closed after the event was fetched
-	case r.source != nil:
-		sh.fromClients(r.source)
-	case r.flow != nil:
-		sh.fromClient(r.flow)
-	case r.outlet != nil:
-		sh.fromOutlet(r.outlet)
+	if r.gen != uint32(ev.Pad) {
+		return false // it was closed after the event was fetched
 	}
+	if r.source != nil {
+		sh.fromClients(r.source)
+		return true
+	}
+	for range turnBatches {
+		if r.flow != nil {
+			more = sh.fromClient(r.flow)
+		} else {
+			more = sh.fromOutlet(r.outlet)
+		}
+		if !more {
+			return false
+		}
+	}
+	// The others first. The kernel reports anew what is ready then.
+	sh.control(unix.EPOLL_CTL_MOD, ev.Fd, r.gen, unix.EPOLLIN|edgeTriggered)
+	return true
 }
+
+// turnBatches is how often a socket is read before others have their turn.
+const turnBatches = 4
 
 // serve runs what was posted, and the clock.
 func (sh *shard) serve() {
@@ -233,16 +258,17 @@ func (sh *shard) fromClients(src flow.PacketSource) {
 	sh.dirty = sh.dirty[:0]
 }
 
-// fromClient serves what came by a flow's own socket.
-func (sh *shard) fromClient(f *udpFlow) {
+// fromClient serves what came by a flow's own socket, and tells whether there
+// may be more.
+func (sh *shard) fromClient(f *udpFlow) (more bool) {
 	n, e := sh.in.receive(int(f.fd))
 	switch e {
 	case 0:
 	case unix.EAGAIN:
-		return
+		return false
 	default:
 		sh.closeFlow(f) // the client's socket is gone: ICMP said so
-		return
+		return false
 	}
 	sh.data = sh.data[:0]
 	for i := range n {
@@ -250,6 +276,7 @@ func (sh *shard) fromClient(f *udpFlow) {
 		sh.data = split(sh.data, data, segment)
 	}
 	sh.up(f, sh.data)
+	return n == burstSize && f.fd >= 0
 }
 
 // split appends the datagrams that a message consists of.
@@ -261,15 +288,15 @@ func split(list [][]byte, data []byte, segment int) [][]byte {
 	return append(list, data)
 }
 
-// fromOutlet serves what came back. Datagrams of one flow that follow one
-// another go together.
-func (sh *shard) fromOutlet(o *outlet) {
+// fromOutlet serves what came back, and tells whether there may be more.
+// Datagrams of one flow that follow one another go together.
+func (sh *shard) fromOutlet(o *outlet) (more bool) {
 	n, e := sh.in.receive(int(o.fd))
 	if e != 0 {
 		if e != unix.EAGAIN {
 			sh.brokenOutlet(o, e)
 		}
-		return
+		return false
 	}
 	var to *udpFlow
 	sh.data = sh.data[:0]
@@ -277,7 +304,7 @@ func (sh *shard) fromOutlet(o *outlet) {
 		data, segment := sh.in.message(i)
 		if len(data) == 0 && o.socket.pair {
 			sh.brokenOutlet(o, unix.EPIPE)
-			return
+			return false
 		}
 		for more := true; more; {
 			d := data
@@ -298,6 +325,7 @@ func (sh *shard) fromOutlet(o *outlet) {
 		}
 	}
 	sh.down(to, sh.data)
+	return n == burstSize && !o.closed
 }
 
 // sender returns the flow that a datagram of an outlet is an answer to, and
