@@ -142,10 +142,11 @@ func (t *tracked) tuple(ad *netlink.AttributeDecoder) (isUDP bool) {
 // forgetUDP has the kernel forget the flows of UDP that it would not treat as
 // the plan says; a nil plan diverts nothing.
 func (r *Redirect) forgetUDP(m Marks, p *Plan) error {
+	ours := func(t *tracked) bool { v := t.mark & m.Mask; return v == m.Own() || v == m.Lan() }
 	var list []*tracked
 	for _, f := range []family{ip4, ip6} {
 		err := r.nf.trackedUDP(f, func(t *tracked) {
-			if t.translated || t.mark&m.Mask == m.Own() {
+			if t.translated || ours(t) {
 				list = append(list, t)
 			}
 		})
@@ -158,7 +159,7 @@ func (r *Redirect) forgetUDP(m Marks, p *Plan) error {
 	}
 	v := newVerdicts(p, &r.admitted, time.Now())
 	for _, t := range list {
-		if t.mark&m.Mask == m.Own() && !v.stale(t) || t.mark&m.Mask != m.Own() && !v.mayDivert(t.src, t.dst) {
+		if ours(t) && !v.stale(t) || !ours(t) && !v.mayDivert(t.src, t.dst) {
 			continue
 		}
 		msg, err := conntrackMessage(conntrackDelete, t.family, t.attrs...)

@@ -55,6 +55,23 @@ N`)
 		c.say("direct")
 		c.hear("server direct")
 	}
+	// An address that is let in lets no flow out that was diverted until then.
+	w.apply(proxied)
+	for _, to := range []string{join(byName4, "7000"), join(byName6, "7000")} {
+		c, next := w.dialUDP(w.client, to), w.dialUDP(w.client, to)
+		c.say("one")
+		a := w.expectText(came, "one")
+		if err := w.r.Admit([]Admission{{Addr: a.d.Dst.Addr(), Timeout: time.Minute}}); err != nil {
+			t.Fatal(err)
+		}
+		c.say("two")
+		w.expectText(came, "two")
+		next.say("one")
+		next.hear("server one")
+		w.apply(proxied)
+		c.say("three")
+		c.hear("server three")
+	}
 	if len(came) > 0 {
 		t.Errorf("%q came too", (<-came).text())
 	}

@@ -28,10 +28,15 @@
 // decides. Both stand there and not in front because all of it ends as DIRECT
 // would: so a packet that a rule sends DIRECT pays for none of it.
 //
-// Only one refusal cannot be sent: that of this host's own question by UDP over
-// IPv4 whose listener is gone without a Close or a closed plan. It is known not
+// Only one refusal cannot be sent: that of this host's own datagram over IPv4
+// whose listener is gone without a Close or a closed plan. It is known not
 // before the packet is back on lo, where its destination counts as ours, and the
-// kernel would send the ICMP error from that. Such a question gets no answer.
+// kernel would send the ICMP error from that. Such a datagram gets no answer.
+//
+// Of a connection the first packet is decided, and the rest goes to its socket.
+// Each datagram is decided: so what the rules refuse is refused, whatever there
+// is of its flow. What they divert tproxy gives to the connected socket of its
+// flow (ConnectUDP), or else to the listener.
 //
 // Three guards hold independently of one another. In the table, a tproxy
 // without a listener falls through to a reject, never past it. In routing,
@@ -41,8 +46,8 @@
 // a deleted routing rule sends nothing out.
 //
 // The marks use only the bits of Plan.Marks.Mask, of the packet mark and of the
-// connection mark (where the Own value says that the connection ends at us);
-// all other bits are kept. Connection tracking is used, and therefore switched
+// connection mark (where the Own value says that the connection ends at us, and
+// the Lan value that it did until it was refused); all other bits are kept. Connection tracking is used, and therefore switched
 // on, for the one question that nothing else answers: whether a packet belongs
 // to a flow that was opened from the other side.
 //

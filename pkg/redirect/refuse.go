@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
+	"time"
 	"unsafe"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -51,10 +53,31 @@ const quoted = 128
 // Refuser answers datagrams with ICMP errors: from the address that was asked,
 // to the client, with the beginning of the datagram rebuilt inside, so that the
 // client's kernel gives it to the socket that sent it. Any number of goroutines
-// may use it. It never waits: what the kernel has no room for is dropped.
+// may use it. It never waits: what the kernel has no room for is dropped, and
+// so is what is more than errorRate (RFC 4443, section 2.4 (f)).
 type Refuser struct {
 	v4 *socket
 	v6 *socket // nil on a host without IPv6
+
+	mu    sync.Mutex
+	spent time.Duration // at since, of the second that all of the rate is
+	since time.Time
+}
+
+// errorRate is how many errors are sent in a second on average, and at once at
+// most.
+const errorRate = 1000
+
+// may takes one error's share of the rate, if there is any left.
+func (r *Refuser) may(now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.spent, r.since = max(0, r.spent-now.Sub(r.since)), now
+	if r.spent > (errorRate-1)*time.Second/errorRate {
+		return false
+	}
+	r.spent += time.Second / errorRate
+	return true
 }
 
 // NewRefuser makes a Refuser in the network namespace of the calling thread. It
@@ -115,6 +138,9 @@ func (r *Refuser) send(d *flow.Datagram, v6 bool, kind [4]byte, rest uint32) err
 	}
 	if s == nil || !client.IsValid() || !asked.IsValid() || client.Is4() == v6 {
 		return fmt.Errorf("redirect: refusal of %s to %s: %w", d.Src, d.Dst, unix.EAFNOSUPPORT)
+	}
+	if !r.may(time.Now()) {
+		return nil
 	}
 	var b [maxError]byte
 	n := putError(&b, client, asked, d, kind, rest)

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
 	"golang.org/x/sys/unix"
@@ -122,6 +123,26 @@ func TestPutError(t *testing.T) {
 			if k := putHeader(&whole, client.Addr(), asked.Addr(), client.Port(), asked.Port(), d.Data); !slices.Equal(whole[ip:k], inner[ip:k]) {
 				t.Errorf("%s, %d bytes: the header is % x, not % x", asked, size, inner[ip:k], whole[ip:k])
 			}
+		}
+	}
+}
+
+// Errors have a rate.
+func TestErrorRate(t *testing.T) {
+	r, now := &Refuser{}, time.Now()
+	may := func() (n int) {
+		for r.may(now) {
+			n++
+		}
+		return n
+	}
+	if n := may(); n != errorRate {
+		t.Errorf("%d at once", n)
+	}
+	for _, d := range []time.Duration{time.Second / errorRate, 5 * time.Second / errorRate, time.Second, time.Hour} {
+		now = now.Add(d)
+		if n, want := may(), min(int(d*errorRate/time.Second), errorRate); n != want {
+			t.Errorf("after %v: %d, not %d", d, n, want)
 		}
 	}
 }

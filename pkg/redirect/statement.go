@@ -119,6 +119,13 @@ func ctReply() statement {
 		&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg1}, eq([]byte{1})}}
 }
 
+// foreignReply matches the replies of flows that were opened from the other side
+// and never ended at us. One of ours can be known to conntrack the wrong way
+// round, if its entry was gone and the first packet after that was ours.
+func foreignReply(m Marks) []statement {
+	return []statement{ctReply(), ctMarkNot(m, m.Own()), ctMarkNot(m, m.Lan())}
+}
+
 func ctNew() statement {
 	return statement{text: "ct state new", exprs: []expr.Any{
 		&expr.Ct{Key: expr.CtKeySTATE, Register: reg1}, masked(expr.CtStateBitNEW, 0), neq(native32(0))}}

@@ -92,7 +92,8 @@ func (t *table) set(s *set) *set {
 // ends writes the chains that end a packet's way: direct and the two that
 // reject. Rejects clear the mark first: with sysctl fwmark_reflect the answer
 // has the mark of the question, and a divert mark may not leave. And they clear
-// the connection mark, since output keeps errors about what ends at us.
+// a connection mark of Own, since output keeps errors about what ends at us; what
+// stands there instead says that it did so once, and so is none of others.
 func (t *table) ends(p *Plan) {
 	m := p.Marks
 	direct := t.chain("direct")
@@ -103,7 +104,8 @@ func (t *table) ends(p *Plan) {
 	direct.add(setMark(m, m.Direct()), count(countDirect), accept())
 
 	refuse := t.chain("refuse")
-	refuse.add(setMark(m, 0), setCtMark(m, 0), count(countRefused))
+	refuse.add(ctMark(m, m.Own()), setCtMark(m, m.Lan()))
+	refuse.add(setMark(m, 0), count(countRefused))
 	refuse.add(proto(tcp), rejectReset())
 	refuse.add(proto(udp), rejectPort())
 	refuse.add(rejectProhibited())
@@ -131,9 +133,7 @@ func (t *table) implicit(p *Plan) {
 		}
 	}
 	c := t.chain("implicit")
-	// A flow that ends at us can be known to conntrack the wrong way round, if
-	// somebody flushed its table and the first packet after that was ours.
-	c.add(ctReply(), ctMarkNot(m, m.Own()), going("direct"))
+	c.add(append(foreignReply(m), going("direct"))...)
 	c.add(icmpType(icmp, icmpErrors(icmp)...), going("direct"))
 	c.add(icmpType(icmpv6, slices.Concat(icmpErrors(icmpv6), neighbourhood())...), going("direct"))
 	c.add(toUs(), going("direct"))
@@ -163,12 +163,17 @@ func (t *table) implicit(p *Plan) {
 
 // unless writes the chain that a verdict of a block leads to, and that of a
 // final block: what is to be stopped or taken goes on to then, unless it is
-// never ours or was let in.
-func (t *table) unless(name, then string) {
+// never ours or was let in. A flow of UDP that was diverted stays so if its
+// address is let in meanwhile: the kernel would not translate its source, and
+// would look for its socket first, see ConnectUDP.
+func (t *table) unless(m Marks, name, then string) {
 	for _, suffix := range []string{"", finalSuffix} {
 		c := t.chain(name + suffix)
 		c.add(jump("implicit"))
 		if suffix == "" {
+			if name == "take" {
+				c.add(proto(udp), ctMark(m, m.Own()), going(then))
+			}
 			c.add(jump("admitted"))
 		}
 		c.add(going(then))
@@ -178,8 +183,9 @@ func (t *table) unless(name, then string) {
 // decide writes the blocks, and what is denied for want of a block.
 func (t *table) decide(p *Plan) error {
 	denied := t.chain("deny")
-	t.unless("denied", "deny")
-	denied.add(setMark(p.Marks, 0), setCtMark(p.Marks, 0), count(countDenied))
+	t.unless(p.Marks, "denied", "deny")
+	denied.add(ctMark(p.Marks, p.Marks.Own()), setCtMark(p.Marks, p.Marks.Lan()))
+	denied.add(setMark(p.Marks, 0), count(countDenied))
 	denied.add(proto(tcp), rejectReset())
 	denied.add(rejectProhibited())
 

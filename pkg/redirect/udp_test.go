@@ -97,15 +97,11 @@ func TestRulesDecideDatagrams(t *testing.T) {
 			f := w.flowSocket(a.d.Src, a.d.Dst)
 			c.say("two")
 			f.hear("two")
-			prohibited := "EHOSTUNREACH"
-			if a.d.Dst.Addr().Is6() {
-				prohibited = "EACCES"
-			}
 			for range 2 {
 				p.Blocks = []Block{{Deny: ranges("203.0.113.0/24", "2001:db8:a::/48")}, {Proxy: ranges("0.0.0.0/0", "::/0")}}
 				w.apply(*p)
 				c.say("denied")
-				c.hear(prohibited)
+				c.hear(prohibited(a.d.Dst))
 				p.Blocks = proxied
 				w.apply(p.Closed())
 				c.say("refused")
@@ -129,6 +125,48 @@ func TestRulesDecideDatagrams(t *testing.T) {
 		}
 		w.server.run("nft reset counters") // it has seen what was DIRECT
 	})
+}
+
+// Where an answer of ours was the first packet of a flow that conntrack saw, the
+// client's are no replies of a flow that was opened from outside, once refused or
+// denied neither.
+func TestAnswerFirst(t *testing.T) {
+	everywhere(t, func(t *testing.T, w *world, p *Plan, from *netns, came <-chan arrival) {
+		denying := *p
+		denying.Blocks = []Block{{Deny: ranges("0.0.0.0/0", "::/0")}}
+		for _, plan := range []Plan{denying, p.Closed()} {
+			for _, to := range udpDestinations[:2] {
+				c := w.dialUDP(from, to)
+				c.say("one")
+				a := w.next(came)
+				f := w.flowSocket(a.d.Src, a.d.Dst)
+				w.forgetAll()
+				f.say("answer")
+				c.hear("answer")
+				w.apply(plan)
+				want := "ECONNREFUSED"
+				if plan.Ports.UDP != 0 {
+					want = prohibited(a.d.Dst)
+				}
+				for range 3 {
+					c.say("no more")
+					c.hear(want)
+				}
+				w.leaked()
+				w.apply(*p)
+				c.say("again")
+				f.hear("again")
+			}
+		}
+	})
+}
+
+// prohibited is the error of what is denied.
+func prohibited(dst netip.AddrPort) string {
+	if dst.Addr().Is6() {
+		return "EACCES"
+	}
+	return "EHOSTUNREACH"
 }
 
 // Nobody there: refused, within a moment. TestDeadListener has the rest.

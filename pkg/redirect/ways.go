@@ -10,7 +10,7 @@ import "github.com/google/nftables"
 func (t *table) take(p *Plan) {
 	m := p.Marks
 	c := t.chain("taken")
-	t.unless("take", "taken")
+	t.unless(m, "take", "taken")
 	c.add(proto(udp), going("taken_udp"))
 	t.takenUDP(p)
 	if p.Ports.TCP == 0 {
@@ -24,7 +24,7 @@ func (t *table) take(p *Plan) {
 
 	if p.DNS {
 		c := t.chain("dns")
-		c.add(ctReply(), ctMarkNot(m, m.Own()), going("direct"))
+		c.add(append(foreignReply(m), going("direct"))...)
 		c.add(setMark(m, m.Lan()))
 		divert(c, udp, p.Ports.DNSUDP, countDNS)
 		divert(c, tcp, p.Ports.DNSTCP, countDNS)
@@ -105,7 +105,9 @@ func (t *table) lan(p *Plan) {
 	// Errors about a flow that ends at us are for its socket, and would tell
 	// others of it: "fragmentation needed" above all.
 	for _, kind := range []l4{icmp, icmpv6} {
-		c.add(icmpType(kind, icmpErrors(kind)...), ctMark(m, m.Own()), setMark(m, m.Lan()), accept())
+		for _, v := range []uint32{m.Own(), m.Lan()} {
+			c.add(icmpType(kind, icmpErrors(kind)...), ctMark(m, v), setMark(m, m.Lan()), accept())
+		}
 	}
 	if p.DNS {
 		c.add(dport(udp, 53), going("dns"))
@@ -158,7 +160,7 @@ func (t *table) output(p *Plan) {
 		c.add(icmpType(kind, icmpErrors(kind)...), ctMark(m, m.Own()), fromUs(), setMark(m, m.Local()), accept())
 	}
 	c.add(mark(m, m.Own()), accept())
-	c.add(ctReply(), ctMarkNot(m, m.Own()), accept())
+	c.add(append(foreignReply(m), accept())...)
 	c.add(notFromUs(), accept())
 	// A connection that was taken stays taken.
 	c.add(proto(tcp), ctMark(m, m.Own()), setMark(m, m.Local()), accept())
