@@ -41,7 +41,7 @@ lint: ## gofmt, go vet, staticcheck, go mod tidy, import table, docs, man pages,
 fuzz: ## run each fuzz target for FUZZTIME (10s)
 	GO='$(GO)' FUZZTIME='$(FUZZTIME)' test/run fuzz
 
-bench: build ## measure beside plain forwarding and a bare splice relay (as root, under four minutes)
+bench: build ## measure beside plain forwarding and a bare splice relay (as root, under five minutes)
 	$(GO) run ./bench -tproxyd bin/tproxyd
 
 install: build ## install into DESTDIR: binary, units, man pages, examples of the files

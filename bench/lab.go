@@ -17,9 +17,10 @@ import (
 // stopped between:
 //
 //	             .-- plain ---.
-//	 client -----+-- splice --+----- server
-//	             +-- tproxyd -+
-//	             '-- direct --'
+//	             +-- splice --+
+//	 client -----+-- tproxyd -+----- server
+//	             +-- direct --+
+//	             '-- udp -----'
 //
 //	192.0.2.(16i)/28   198.51.100.(16i)/28   gateway .1, client and server .2
 //	203.0.113.(10+i)   the server as it is reached by way i
@@ -30,11 +31,12 @@ const (
 	splice             // a bare relay: accept, dial, splice
 	proxied            // tproxyd, through the SOCKS server
 	direct             // tproxyd, by a DIRECT rule among many
+	udp                // tproxyd, through the SOCKS server; for datagrams alone, started anew for each table
 	ways
 )
 
 // String returns the name of the column.
-func (w way) String() string { return [...]string{"plain", "splice", "tproxyd", "direct"}[w] }
+func (w way) String() string { return [...]string{"plain", "splice", "tproxyd", "direct", "udp"}[w] }
 
 func (w way) lan(host int) string { return fmt.Sprintf("192.0.2.%d", 16*int(w)+host) }
 func (w way) wan(host int) string { return fmt.Sprintf("198.51.100.%d", 16*int(w)+host) }

@@ -20,7 +20,9 @@ import (
 type result struct {
 	Bytes   int64         `json:"bytes"`
 	Count   int           `json:"count"`  // connections, round trips, answers
-	Failed  int           `json:"failed"` // of those asked for
+	Failed  int           `json:"failed"` // of those asked for, or sent
+	Sent    int           `json:"sent"`   // datagrams
+	Wrong   int           `json:"wrong"`  // datagrams that came to another socket than their question's
 	Elapsed time.Duration `json:"elapsed"`
 	P50     time.Duration `json:"p50"`
 	P99     time.Duration `json:"p99"`

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -19,17 +20,22 @@ type bench struct {
 	lab     *lab
 	gateway [ways]*process // nil where the kernel alone forwards
 	report  *report
+	program string // the daemon
+	dir     string // for files of its
 }
 
 // measure builds the lab, starts everything in it, measures case after case
-// and prints the report.
-func measure(ctx context.Context, program string, size sizes, out io.Writer) error {
+// and prints the report: of the parts whose name has only in it.
+func measure(ctx context.Context, program string, size sizes, only string, out io.Writer) error {
 	program, err := filepath.Abs(program)
 	if err != nil {
 		return err
 	}
 	if _, err := os.Stat(program); err != nil {
 		return fmt.Errorf("%w: make build makes it", err)
+	}
+	if !slices.ContainsFunc((*bench)(nil).parts(), func(p part) bool { return strings.Contains(p.name, only) }) {
+		return fmt.Errorf("no table has %q in its name", only)
 	}
 	dir, err := os.MkdirTemp("", "tproxyd-bench")
 	if err != nil {
@@ -41,7 +47,10 @@ func measure(ctx context.Context, program string, size sizes, out io.Writer) err
 		return err
 	}
 	defer l.close()
-	b := &bench{size: size, lab: l, report: newReport(out)}
+	b := &bench{size: size, lab: l, report: newReport(out), program: program, dir: dir}
+	if err := b.report.allowFiles(); err != nil {
+		return err
+	}
 
 	for _, role := range []string{"targets", "socks"} {
 		p, err := startRole(ctx, l.server, role)
@@ -70,15 +79,31 @@ func measure(ctx context.Context, program string, size sizes, out io.Writer) err
 		b.report.note("%s: ready %.2f s after its start", w, time.Since(began).Seconds())
 	}
 	b.report.head(program, size)
-	for _, measured := range []func(context.Context) error{
-		b.throughput, b.connections, b.latency, b.prefixes, b.dns, b.idle,
-	} {
-		if err := measured(ctx); err != nil {
+	for _, m := range b.parts() {
+		if !strings.Contains(m.name, only) {
+			continue
+		}
+		if err := m.measure(ctx); err != nil {
 			return errors.Join(err, context.Cause(ctx))
 		}
 	}
 	b.report.end()
 	return nil
+}
+
+// part is a table of the report.
+type part struct {
+	name    string
+	measure func(context.Context) error
+}
+
+// parts are all tables in their order.
+func (b *bench) parts() []part {
+	return []part{
+		{"throughput", b.throughput}, {"connections", b.connections}, {"latency", b.latency},
+		{"prefixes", b.prefixes}, {"dns", b.dns}, {"idle", b.idle},
+		{"udp-datagrams", b.datagrams}, {"udp-flows", b.newFlows}, {"udp-sessions", b.sessions},
+	}
 }
 
 // configure writes the daemon's files into dir and returns the first.

@@ -52,8 +52,9 @@ func (r *report) head(program string, size sizes) {
 	fmt.Fprintf(r.out, "# tproxyd bench: %s, Linux %s, %s, %d processors\n\n", filepath.Base(program),
 		strings.TrimSpace(string(kernel)), runtime.Version(), runtime.NumCPU())
 	fmt.Fprintf(r.out, "plain: the kernel forwards. splice: a bare relay, without SOCKS, names or rules. tproxyd: through a SOCKS\n"+
-		"server. Client, gateway, SOCKS server and target share the processors. Cells: median (least-greatest) of\n"+
-		"%d interleaved runs. CPU is user and system time of the gateway's process; a tick is 10 ms.\n\n", size.rounds)
+		"server, UDP through its associations. Client, gateway, SOCKS server and target share the processors. Cells:\n"+
+		"median (least-greatest) of %d interleaved runs. CPU is user and system time of the gateway's process; a tick\n"+
+		"is 10 ms.\n\n", size.rounds)
 }
 
 // end prints the notes and the time that it all took.

@@ -14,7 +14,7 @@ const (
 	socksCopyPort = 1081 // copies: holds no pipes, so that thousands of idle flows fit
 )
 
-// socksRole is both SOCKS servers. It ends with its standard input.
+// socksRole is all SOCKS servers. It ends with its standard input.
 func socksRole(_ []string, out io.Writer) error {
 	for port, relay := range map[int]func(a, b *net.TCPConn){socksPort: relaySplicing, socksCopyPort: relayCopying} {
 		ln, err := net.Listen("tcp4", fmt.Sprintf(":%d", port))
@@ -31,6 +31,11 @@ func socksRole(_ []string, out io.Writer) error {
 			relay(client, server)
 		})
 	}
+	s, err := newAssociations(netip.AddrPortFrom(netip.IPv4Unspecified(), socksUDPPort))
+	if err != nil {
+		return err
+	}
+	go s.run()
 	return untilEOF(out)
 }
 

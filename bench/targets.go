@@ -10,7 +10,7 @@ import (
 
 // The ports of the server.
 const (
-	echoPort     = 7    // sends back what it gets
+	echoPort     = 7    // sends back what it gets, by TCP and UDP
 	idleEchoPort = 8    // the same; routed through the SOCKS server that copies
 	sourcePort   = 9000 // sends until it cannot
 	sinkPort     = 9001 // reads to the end, then tells the number of bytes
@@ -27,9 +27,14 @@ func targetsRole(_ []string, out io.Writer) error {
 		}
 		go accept(ln, serve)
 	}
-	// One socket for each address, so that answers leave from where they were
+	// Two sockets for each address, so that answers leave from where they were
 	// asked for.
 	for w := range ways {
+		fd, err := bindUDP(w.target(echoPort), 0)
+		if err != nil {
+			return err
+		}
+		go echoDatagrams(fd)
 		pc, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(w.target(dnsPort)))
 		if err != nil {
 			return err
