@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // roomy gives a socket buffers for some of the largest datagrams.
@@ -115,16 +117,6 @@ func sayTo(c *net.UDPConn, to netip.AddrPort, b []byte, limit time.Duration) ([]
 	return buf[:max(n, 0)], err
 }
 
-// whoSaw asks port 1111 of an address whom it sees, from a connected socket.
-func whoSaw(t testing.TB, c *net.UDPConn) netip.Addr {
-	t.Helper()
-	b, err := say(c, []byte("who"), 5*time.Second)
-	if err != nil {
-		t.Fatalf("%v: %v", c.RemoteAddr(), err)
-	}
-	return netip.MustParseAddrPort(string(b)).Addr()
-}
-
 // echoed fails the test unless a datagram of n random bytes comes back. A path
 // that it does not fit, behind a SOCKS header, may say so once, as any path.
 func echoed(t testing.TB, c *net.UDPConn, n int) {
@@ -150,6 +142,24 @@ func refused(err error) bool {
 		errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM)
 }
 
+// forget takes the error that a socket would tell next, and tells that it was
+// there: what is refused on its way out of the gateway itself is told twice, by
+// EPERM and by the ICMP error.
+func forget(t testing.TB, c *net.UDPConn) (told bool) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) {
+			errno, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+			told = errno != 0
+		})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return told
+}
+
 // refusedAtOnce fails the test unless a datagram is answered with an ICMP error
 // before the limit is over.
 func refusedAtOnce(t testing.TB, what string, c *net.UDPConn, limit time.Duration) {
@@ -164,5 +174,7 @@ func refusedAtOnce(t testing.TB, what string, c *net.UDPConn, limit time.Duratio
 		t.Errorf("%s: %v, want a refusal", what, err)
 	case took > limit:
 		t.Errorf("%s: refused only after %v, want %v", what, took, limit)
+	case errors.Is(err, syscall.EPERM):
+		eventually(t, limit, what+": the ICMP error", func() bool { return forget(t, c) })
 	}
 }
