@@ -228,9 +228,6 @@ func (sh *shard) stranger(o *outlet, from netip.AddrPort) *udpFlow {
 		return nil
 	}
 	f := sh.newFlow(src, client, from, o.s.ifIndex)
-	if f == nil {
-		return nil
-	}
 	if f.verdict.Way == nil || !o.takes(f) {
 		sh.closeFlow(f)
 		return nil

@@ -90,10 +90,12 @@ func (sh *shard) findOutlet(f *udpFlow) bool {
 		}
 	}
 	for !sh.takeSocket() {
-		if !sh.evictOther(f) {
+		other := sh.oldest(f)
+		if other == nil {
 			f.failed, f.failure, f.retry = true, RefusePort, sh.now
 			return false
 		}
+		sh.evict(other)
 	}
 	sh.openOutlet(f, w)
 	return true

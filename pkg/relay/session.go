@@ -13,6 +13,7 @@ type session struct {
 	ifIndex int
 	start   time.Time
 	flows   int // now
+	order   flowList
 	outlets []*outlet
 	via     []lastVia
 	result  SessionResult
@@ -39,17 +40,24 @@ type udpFlow struct {
 
 	head, tail int8 // datagrams in shard.batch; -1: none
 
-	list       *flowList
-	prev, succ *udpFlow
+	list  *flowList // shard.long or shard.brief
+	links [2]links  // in list and in session.order
 }
 
 // flowList keeps flows in the order of their last datagram.
-type flowList struct{ first, last *udpFlow }
+type flowList struct {
+	which       int // of udpFlow.links
+	first, last *udpFlow
+}
+
+type links struct{ prev, next *udpFlow }
+
+func (l *flowList) next(f *udpFlow) *udpFlow { return f.links[l.which].next }
 
 func (l *flowList) add(f *udpFlow) {
-	f.list, f.prev, f.succ = l, l.last, nil
+	f.links[l.which] = links{prev: l.last}
 	if l.last != nil {
-		l.last.succ = f
+		l.last.links[l.which].next = f
 	} else {
 		l.first = f
 	}
@@ -57,21 +65,22 @@ func (l *flowList) add(f *udpFlow) {
 }
 
 func (l *flowList) remove(f *udpFlow) {
-	if f.prev != nil {
-		f.prev.succ = f.succ
+	at := f.links[l.which]
+	if at.prev != nil {
+		at.prev.links[l.which].next = at.next
 	} else {
-		l.first = f.succ
+		l.first = at.next
 	}
-	if f.succ != nil {
-		f.succ.prev = f.prev
+	if at.next != nil {
+		at.next.links[l.which].prev = at.prev
 	} else {
-		l.last = f.prev
+		l.last = at.prev
 	}
-	f.list, f.prev, f.succ = nil, nil, nil
+	f.links[l.which] = links{}
 }
 
 // find returns the flow that a client's datagram belongs to, a new one if need
-// be; nil if there is no room for one.
+// be.
 func (sh *shard) find(src flow.PacketSource, d *flow.Datagram) *udpFlow {
 	f := sh.flows[flowKey{d.Src, d.Dst}]
 	if f == nil {
@@ -85,14 +94,14 @@ func (sh *shard) find(src flow.PacketSource, d *flow.Datagram) *udpFlow {
 func (sh *shard) newFlow(src flow.PacketSource, client, dst netip.AddrPort, ifIndex int) *udpFlow {
 	s := sh.sessions[client]
 	if s != nil && s.flows >= maxSessionFlows {
-		return nil
+		sh.evict(s.order.first)
 	}
 	for len(sh.flows) >= share(sh.u.o.MaxFlows, len(sh.u.shards)) || s == nil && len(sh.sessions) >= share(sh.u.o.MaxSessions, len(sh.u.shards)) {
-		sh.evict()
+		sh.evict(sh.oldest(nil))
 		s = sh.sessions[client] // it can have been the last flow of this very session
 	}
 	if s == nil {
-		s = &session{client: client, ifIndex: ifIndex, start: time.Now()}
+		s = &session{client: client, ifIndex: ifIndex, start: time.Now(), order: flowList{which: 1}}
 		s.result = SessionResult{Client: client, IfIndex: ifIndex, Dst: dst}
 		sh.sessions[client] = s
 		sh.u.sessions.Add(1)
@@ -130,6 +139,7 @@ func (sh *shard) decide(f *udpFlow) {
 		}
 	}
 	if f.list != sh.listOf(f) {
+		f.last = sh.now // as all lists are in that order
 		sh.use(f)
 	}
 }
@@ -156,12 +166,15 @@ func (sh *shard) listOf(f *udpFlow) *flowList {
 	return &sh.long
 }
 
-// use puts a flow at the end of its list.
+// use puts a flow at the end of its lists.
 func (sh *shard) use(f *udpFlow) {
 	if f.list != nil {
 		f.list.remove(f)
+		f.s.order.remove(f)
 	}
-	sh.listOf(f).add(f)
+	f.list = sh.listOf(f)
+	f.list.add(f)
+	f.s.order.add(f)
 }
 
 // touch notes that a flow is used, and has it decided anew after Invalidate.
@@ -184,6 +197,7 @@ func (sh *shard) closeFlow(f *udpFlow) {
 	s := f.s
 	delete(sh.flows, flowKey{s.client, f.dst})
 	f.list.remove(f)
+	s.order.remove(f)
 	sh.u.flows.Add(-1)
 	if f.fd >= 0 {
 		sh.forget(int(f.fd))
@@ -223,25 +237,23 @@ func (sh *shard) expire() {
 	}
 }
 
-// evict ends the flow that was not used for the longest time.
-func (sh *shard) evict() { sh.evictOther(nil) }
-
-// evictOther does so unless it is the one given; false if there is no other.
-func (sh *shard) evictOther(but *udpFlow) bool {
-	var oldest *udpFlow
+// oldest returns the flow that was not used for the longest time, but for the
+// one given; nil if there is no other.
+func (sh *shard) oldest(but *udpFlow) (oldest *udpFlow) {
 	for _, l := range []*flowList{&sh.brief, &sh.long} {
 		f := l.first
 		if f != nil && f == but {
-			f = f.succ
+			f = l.next(f)
 		}
 		if f != nil && (oldest == nil || int32(f.last-oldest.last) < 0) {
 			oldest = f
 		}
 	}
-	if oldest == nil {
-		return false
-	}
+	return oldest
+}
+
+// evict ends a flow to make room.
+func (sh *shard) evict(f *udpFlow) {
 	sh.u.evicted.Add(1)
-	sh.closeFlow(oldest)
-	return true
+	sh.closeFlow(f)
 }

@@ -231,10 +231,6 @@ func (sh *shard) fromClients(src flow.PacketSource) {
 	for i := range sh.batch[:n] {
 		d := &sh.batch[i]
 		f := sh.find(src, d)
-		if f == nil {
-			sh.u.drop(DropLimit, 1)
-			continue
-		}
 		sh.next[i] = -1
 		if f.tail < 0 {
 			f.head = int8(i)

@@ -232,6 +232,7 @@ func newUDPRig(t testing.TB, o UDPOptions) *udpRig {
 	if r.UDP, err = NewUDP(o); err != nil {
 		t.Fatal(err)
 	}
+	r.SetLimits(1000*o.tick, 1000*o.tick)
 	t.Cleanup(r.close)
 	return r
 }
@@ -422,7 +423,7 @@ func (r *udpRig) inside(f func(sh *shard)) {
 // settle returns when the loops have served what has come until now.
 func (r *udpRig) settle() {
 	r.t.Helper()
-	for range 3 { // an event, what it posted, the clock
+	for range 3 { // an event, what it posted, the clock and Invalidate
 		r.inside(func(*shard) {})
 	}
 }

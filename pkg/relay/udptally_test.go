@@ -31,26 +31,27 @@ func tallyOf(sh *shard) (t tally, err error) {
 	}
 	flows := map[*session]int{}
 	attached := map[*outlet]int{}
-	listed := map[*udpFlow]bool{}
-	for _, l := range []*flowList{&sh.brief, &sh.long} {
+	look := func(l *flowList) (n int) {
 		var before *udpFlow
-		for f := l.first; f != nil; before, f = f, f.succ {
-			if f.list != l || f.prev != before || listed[f] {
+		for f := l.first; f != nil; before, f = f, l.next(f) {
+			if f.links[l.which].prev != before {
 				wrong("%v: wrongly linked", f.dst)
 			}
 			if before != nil && int32(f.last-before.last) < 0 {
 				wrong("%v: before one that was used later", before.dst)
 			}
-			listed[f] = true
+			n++
 		}
 		if l.last != before {
-			wrong("the list does not end with its last")
+			wrong("a list does not end with its last")
 		}
+		return n
 	}
+	listed := look(&sh.brief) + look(&sh.long)
 	for k, f := range sh.flows {
 		t.flows++
 		flows[f.s]++
-		if f.closed || k != (flowKey{f.s.client, f.dst}) || sh.sessions[k.client] != f.s || !listed[f] || f.head >= 0 || f.tail >= 0 {
+		if f.closed || k != (flowKey{f.s.client, f.dst}) || sh.sessions[k.client] != f.s || f.list != sh.listOf(f) || f.head >= 0 || f.tail >= 0 {
 			wrong("%v: kept wrongly", k)
 		}
 		if f.fd >= 0 {
@@ -74,12 +75,12 @@ func tallyOf(sh *shard) (t tally, err error) {
 			wrong("%v: its outlet does not know it", k)
 		}
 	}
-	if len(listed) != t.flows {
-		wrong("%d flows, %d in the lists", t.flows, len(listed))
+	if listed != t.flows {
+		wrong("%d flows, %d in the lists", t.flows, listed)
 	}
 	for client, s := range sh.sessions {
 		t.sessions++
-		if s.client != client || s.flows != flows[s] || s.flows == 0 {
+		if s.client != client || s.flows != flows[s] || s.flows == 0 || look(&s.order) != s.flows {
 			wrong("%v: %d flows, says %d", client, flows[s], s.flows)
 		}
 		for _, o := range s.outlets {
