@@ -197,16 +197,21 @@ func (sh *shard) ownSocket(f *udpFlow, n int) bool {
 	return true
 }
 
-// takeSocket counts a socket more; false if that is one too many.
+// takeSocket counts a socket more; false if that is one too many for this loop.
+// What others have is of no matter, since none of it can be evicted here.
 func (sh *shard) takeSocket() bool {
-	if sh.u.sockets.Add(1) > int64(sh.u.o.MaxSockets) {
-		sh.u.sockets.Add(-1)
+	if sh.sockets >= share(sh.u.o.MaxSockets, len(sh.u.shards)) {
 		return false
 	}
+	sh.sockets++
+	sh.u.sockets.Add(1)
 	return true
 }
 
-func (sh *shard) giveSocket() { sh.u.sockets.Add(-1) }
+func (sh *shard) giveSocket() {
+	sh.sockets--
+	sh.u.sockets.Add(-1)
+}
 
 // stranger makes a flow of a datagram that came back from an address that the
 // client has not sent to, if the rules lead there by the same outlet: a third

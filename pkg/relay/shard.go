@@ -25,6 +25,7 @@ type shard struct {
 	flows    map[flowKey]*udpFlow
 	long     flowList // in the order of their last datagram
 	brief    flowList // the same, of those that go by the shorter limit
+	sockets  int      // of outlets and flows
 
 	in      intake
 	out     burst
@@ -33,6 +34,7 @@ type shard struct {
 	dirty   []*udpFlow      // have datagrams in batch
 	data    [][]byte        // of one flow, for one call
 	replies []flow.Datagram
+	astray  []int // messages that came by another flow's socket
 
 	mu     sync.Mutex
 	posted []func() // from outside
@@ -269,10 +271,43 @@ func (sh *shard) fromClient(f *udpFlow) (more bool) {
 	sh.data = sh.data[:0]
 	for i := range n {
 		data, segment := sh.in.message(i)
-		sh.data = split(sh.data, data, segment)
+		if sh.in.sentBy(i, f.s.client) {
+			sh.data = split(sh.data, data, segment)
+		} else {
+			sh.astray = append(sh.astray, i)
+		}
 	}
-	sh.up(f, sh.data)
+	if len(sh.data) > 0 {
+		sh.up(f, sh.data)
+	}
+	if len(sh.astray) > 0 {
+		sh.fromOthers(f.src, f.dst)
+	}
 	return n == burstSize && f.fd >= 0
+}
+
+// fromOthers serves what came by the socket of another flow to the same
+// destination. The kernel looks for a socket and then whether that is connected;
+// if it is being connected just then, the first one is found for anybody. Which
+// interface such a datagram came in by is not known.
+func (sh *shard) fromOthers(src flow.PacketSource, dst netip.AddrPort) {
+	for _, i := range sh.astray {
+		client := addrPort(&sh.in.names[i])
+		data, segment := sh.in.message(i)
+		f := sh.find(src, &flow.Datagram{Src: client, Dst: dst})
+		if f == nil {
+			sh.u.drop(DropLimit, 1)
+			continue
+		}
+		if f.verdict.Way == nil && f.s.ifIndex == 0 {
+			sh.u.drop(DropStranger, 1)
+			sh.closeFlow(f) // the next one will be decided with its interface
+			continue
+		}
+		sh.data = split(sh.data[:0], data, segment)
+		sh.up(f, sh.data)
+	}
+	sh.astray = sh.astray[:0]
 }
 
 // split appends the datagrams that a message consists of.
@@ -298,9 +333,14 @@ func (sh *shard) fromOutlet(o *outlet) (more bool) {
 	sh.data = sh.data[:0]
 	for i := range n {
 		data, segment := sh.in.message(i)
-		if len(data) == 0 && o.socket.pair {
-			sh.brokenOutlet(o, unix.EPIPE)
-			return false
+		if o.socket.pair {
+			if len(data) == 0 {
+				sh.brokenOutlet(o, unix.EPIPE)
+				return false
+			}
+		} else if !sh.in.sentBy(i, o.socket.peer) {
+			sh.u.drop(DropStranger, 1)
+			continue
 		}
 		for more := true; more; {
 			d := data
