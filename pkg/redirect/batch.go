@@ -155,11 +155,14 @@ func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error
 }
 
 // deleteTable and newTableMessage are the end and the beginning of the table.
-func deleteTable() netlink.Message {
-	return nfMessage(unix.NFT_MSG_DELTABLE, 0, stringAttr(unix.NFTA_TABLE_NAME, tableName))
+func deleteTable() netlink.Message                 { return deleteNamed(tableName) }
+func newTableMessage(flags uint32) netlink.Message { return newNamed(tableName, flags) }
+
+func deleteNamed(table string) netlink.Message {
+	return nfMessage(unix.NFT_MSG_DELTABLE, 0, stringAttr(unix.NFTA_TABLE_NAME, table))
 }
 
-func newTableMessage(flags uint32) netlink.Message {
+func newNamed(table string, flags uint32) netlink.Message {
 	return nfMessage(unix.NFT_MSG_NEWTABLE, netlink.Create,
-		stringAttr(unix.NFTA_TABLE_NAME, tableName), u32Attr(unix.NFTA_TABLE_FLAGS, flags))
+		stringAttr(unix.NFTA_TABLE_NAME, table), u32Attr(unix.NFTA_TABLE_FLAGS, flags))
 }

@@ -2,11 +2,11 @@
 // out of the packet path without touching the hosts that make them, and keeps
 // every flow that it does not take, and cannot let pass, from leaving.
 //
-// One nftables table ("inet tproxyd"), a handful of policy routing rules, one
-// routing table and a classifier on each named interface are all that it puts
-// into the kernel. Apply makes them what a Plan says, from whatever is there, the
-// rules in one transaction; Remove takes all of it away, knowing neither plan nor
-// process. What a packet goes through:
+// One nftables table ("inet tproxyd"), a second one while a process has it, a
+// handful of policy routing rules, one routing table and a classifier on each
+// named interface are all that it puts into the kernel. Apply makes them what a
+// Plan says, from whatever is there, the rules in one transaction; Remove takes
+// all of it away, knowing neither plan nor process. What a packet goes through:
 //
 //	lan0 ──► classifier ──────────────────────────────────────────────► Entered mark
 //	     ──► prerouting ─► lan ─┬─ of a flow that we serve ───────────► Lan mark
@@ -28,10 +28,14 @@
 // decides. Both stand there and not in front because all of it ends as DIRECT
 // would: so a packet that a rule sends DIRECT pays for none of it.
 //
-// Only one refusal cannot be sent: that of this host's own datagram over IPv4
-// whose listener is gone without a Close or a closed plan. It is known not
-// before the packet is back on lo, where its destination counts as ours, and the
-// kernel would send the ICMP error from that. Such a datagram gets no answer.
+// Only one refusal cannot be sent there: that of this host's own datagram over
+// IPv4 whose listener is gone. It is known not before the packet is back on lo,
+// where its destination counts as ours, and the kernel would send the ICMP error
+// from that. So there is a second table, "inet tproxyd_alive", where Local and
+// Linux 6.9 or later allow it, which the kernel removes when this process ends:
+// it marks datagrams that are diverted as long as somebody is there to take them,
+// and output refuses those without the mark. Without it, or if a process closes
+// its listener and goes on, such a datagram gets no answer until the next Apply.
 //
 // Of a connection the first packet is decided, and the rest goes to its socket.
 // Each datagram is decided: so what the rules refuse is refused, whatever there

@@ -11,10 +11,10 @@ import (
 )
 
 // Marks says which bits of the packet mark are ours and what the first of our
-// five values is. The others follow by counting on within the mask and passing
-// over zero: for 0x7000/0xf000 they are 0x8000, 0x9000, 0xa000 and 0xb000; for
-// 0xf000/0xf000 they are 0x1000, 0x2000, 0x3000 and 0x4000. Bits outside of the
-// mask are never looked at and never changed.
+// six values is. The others follow by counting on within the mask and passing
+// over zero: for 0x7000/0xf000 they are 0x8000, 0x9000, 0xa000, 0xb000 and 0xc000;
+// for 0xf000/0xf000 they are 0x1000, 0x2000, 0x3000, 0x4000 and 0x5000. Bits
+// outside of the mask are never looked at and never changed.
 type Marks struct {
 	Value uint32 // within Mask and not 0
 	Mask  uint32 // at least three bits, not necessarily side by side
@@ -37,7 +37,7 @@ func (m Marks) check() error {
 		return fmt.Errorf("redirect: mark %s: the value must be within the mask and not 0", m)
 	}
 	if bits.OnesCount32(m.Mask) < 3 {
-		return fmt.Errorf("redirect: mark %s: the mask needs at least three bits for five values", m)
+		return fmt.Errorf("redirect: mark %s: the mask needs at least three bits for six values", m)
 	}
 	return nil
 }
@@ -61,6 +61,10 @@ func (m Marks) Own() uint32 { return m.next(3) }
 // Entered is the mark of IPv4 packets of a named interface that no table of
 // ours has seen.
 func (m Marks) Entered() uint32 { return m.next(4) }
+
+// Alive is the mark of this host's own datagrams while there is a process that
+// takes those that are diverted.
+func (m Marks) Alive() uint32 { return m.next(5) }
 
 // next counts n values on within the mask: filling the bits outside of it with
 // ones lets the carry run over them.

@@ -41,6 +41,7 @@ type Redirect struct {
 	lock     net.Listener // instead of owning, where the kernel knows no owners
 	plan     *Plan        // what is in force; nil: nothing of ours
 	admitted admissions
+	alive    Marks // of the table of that name; zero: there is none
 	healed   Healed
 	made     bool // there was no table before Open
 	closed   bool
@@ -190,19 +191,20 @@ func (r *Redirect) applyTable(p *Plan) error {
 // putTable puts the table in force. One that is there is changed, if it can be;
 // else it is replaced.
 func (r *Redirect) putTable(p *Plan, ours, exists bool, d dynamic) error {
+	alive := r.beAlive(p)
 	if ours {
-		err := r.changeTable(p, d)
+		err := r.changeTable(p, alive, d)
 		if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, errTruncated) {
 			return err
 		}
 		r.log.Debug("the table that is there cannot be changed", "err", err)
 	}
-	return r.replaceTable(p, exists)
+	return r.replaceTable(p, alive, exists)
 }
 
 // changeTable adds the sets of the plan to the table that is there, and then
 // has the rules change over to them.
-func (r *Redirect) changeTable(p *Plan, d dynamic) error {
+func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 	var there present
 	var err error
 	if there.chains, err = r.nf.names(unix.NFT_MSG_GETCHAIN); err != nil {
@@ -215,7 +217,7 @@ func (r *Redirect) changeTable(p *Plan, d dynamic) error {
 	if err != nil {
 		return err
 	}
-	t, err := newTable(p, gen)
+	t, err := newTable(p, gen, alive)
 	if err != nil {
 		return err
 	}
@@ -260,7 +262,7 @@ func (r *Redirect) dropUnused(t *table, before present) error {
 // replaceTable makes the table from nothing. If one is there it ends with the
 // beginning of the new one, at the price that the sets of that are empty for
 // the first moment.
-func (r *Redirect) replaceTable(p *Plan, exists bool) error {
+func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 	flags := uint32(0)
 	if r.can.own {
 		flags = flagOwner | flagPersist
@@ -270,13 +272,13 @@ func (r *Redirect) replaceTable(p *Plan, exists bool) error {
 		if err := r.nf.commit([]netlink.Message{newTableMessage(flags)}); err != nil {
 			return err
 		}
-		err := r.changeTable(p, d)
+		err := r.changeTable(p, alive, d)
 		if err != nil {
 			r.nf.commit([]netlink.Message{deleteTable()})
 		}
 		return err
 	}
-	t, err := newTable(p, "a")
+	t, err := newTable(p, "a", alive)
 	if err != nil {
 		return err
 	}
@@ -290,7 +292,7 @@ func (r *Redirect) replaceTable(p *Plan, exists bool) error {
 	}
 	err = r.nf.commit(slices.Concat([]netlink.Message{deleteTable(), newTableMessage(flags)}, sets, rules))
 	if errors.Is(err, unix.ENOENT) { // somebody was quicker to delete it
-		return r.replaceTable(p, false)
+		return r.replaceTable(p, alive, false)
 	}
 	if err != nil {
 		return err
@@ -331,7 +333,7 @@ func (r *Redirect) Close(keep bool) error {
 	var err error
 	switch {
 	case !keep:
-		err = remove(r.nf, r.policy)
+		err = errors.Join(remove(r.nf, r.policy), r.unAlive())
 		if r.plan != nil {
 			r.forget(r.plan.Marks, nil)
 		}

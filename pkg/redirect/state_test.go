@@ -151,7 +151,8 @@ func TestOwnerAfterNoOwner(t *testing.T) {
 		if err := r.Apply(fullPlan()); err != nil {
 			t.Fatal(err)
 		}
-		before := n.table()
+		table := func() string { return aliveOnly.ReplaceAllString(n.table(), "") }
+		before := table()
 		r.Close(true)
 		r = n.open(Options{noOwner: !first})
 		err := r.Apply(fullPlan())
@@ -162,11 +163,14 @@ func TestOwnerAfterNoOwner(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(before, n.table()); diff != "" {
+		if diff := cmp.Diff(before, table()); diff != "" {
 			t.Errorf("no owner %v: the table is another now:\n%s", first, diff)
 		}
 	}
 }
+
+// aliveOnly are the rules that there are only where tables have owners.
+var aliveOnly = regexp.MustCompile(`(?m)^.*0x0000c000.*\n`)
 
 // sameNames makes the names of all generations of sets one.
 func sameNames(s string) string { return regexp.MustCompile(`_[abc]\b`).ReplaceAllString(s, "_x") }

@@ -82,6 +82,11 @@ func mark(m Marks, v uint32) statement {
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1}, masked(m.Mask, 0), eq(native32(v))}}
 }
 
+func markNot(m Marks, v uint32) statement {
+	return statement{text: fmt.Sprintf("meta mark & 0x%08x != 0x%08x", m.Mask, v), exprs: []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg1}, masked(m.Mask, 0), neq(native32(v))}}
+}
+
 // setMark puts one of our values, or zero, into the packet mark and keeps the
 // other bits.
 func setMark(m Marks, v uint32) statement {

@@ -46,12 +46,14 @@ type table struct {
 	sets   []*set
 	chains []*chain
 	gen    string // ends the names of the sets that each plan has of its own
+	alive  bool   // output asks for the mark of this name
 }
 
 // newTable makes the table of a checked plan. Gen tells the sets of one plan
-// from those of the plan before, so that both can be there for a moment.
-func newTable(p *Plan, gen string) (*table, error) {
-	t := &table{gen: "_" + gen}
+// from those of the plan before, so that both can be there for a moment. Alive
+// says that there is the table of that name.
+func newTable(p *Plan, gen string, alive bool) (*table, error) {
+	t := &table{gen: "_" + gen, alive: alive}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
 			t.sets = append(t.sets, dynamicSet(admittedSet, f, q), dynamicSet(liveSet, f, q))
@@ -99,6 +101,9 @@ func (t *table) ends(p *Plan) {
 	direct := t.chain("direct")
 	if p.Local {
 		// A mark that is as it was spares the packet a second routing decision.
+		if t.alive {
+			direct.add(mark(m, m.Local()), proto(udp), setMark(m, m.Alive()), count(countDirect), accept())
+		}
 		direct.add(mark(m, m.Local()), setMark(m, 0), count(countDirect), accept())
 	}
 	direct.add(setMark(m, m.Direct()), count(countDirect), accept())

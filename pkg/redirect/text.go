@@ -6,12 +6,13 @@ import (
 )
 
 // Text returns the table of a plan as nft(8) reads it, in the order in which
-// its parts refer to one another. Dynamic elements are not in it.
+// its parts refer to one another, as it is on a kernel that knows owners of
+// tables. Dynamic elements are not in it.
 func Text(p Plan) (string, error) {
 	if err := p.check(); err != nil {
 		return "", err
 	}
-	t, err := newTable(&p, "a")
+	t, err := newTable(&p, "a", p.wantsAlive())
 	if err != nil {
 		return "", err
 	}

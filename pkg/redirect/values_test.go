@@ -17,22 +17,22 @@ import (
 func TestParseMarks(t *testing.T) {
 	for _, c := range []struct {
 		in   string
-		want [5]uint32 // Lan, Local, Direct, Own, Entered; zero: an error
+		want [6]uint32 // Lan, Local, Direct, Own, Entered, Alive; zero: an error
 	}{
-		{"0x7000/0xf000", [5]uint32{0x7000, 0x8000, 0x9000, 0xa000, 0xb000}},
-		{"0xf000/0xf000", [5]uint32{0xf000, 0x1000, 0x2000, 0x3000, 0x4000}},
-		{"1/7", [5]uint32{1, 2, 3, 4, 5}},
-		{"0x80000000/0x80010100", [5]uint32{0x80000000, 0x80000100, 0x80010000, 0x80010100, 0x100}},
-		{"0/7", [5]uint32{}}, {"8/7", [5]uint32{}}, {"1/3", [5]uint32{}}, {"1", [5]uint32{}}, {"x/7", [5]uint32{}}, {"", [5]uint32{}}, {"1/0x100000007", [5]uint32{}},
+		{"0x7000/0xf000", [6]uint32{0x7000, 0x8000, 0x9000, 0xa000, 0xb000, 0xc000}},
+		{"0xf000/0xf000", [6]uint32{0xf000, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000}},
+		{"1/7", [6]uint32{1, 2, 3, 4, 5, 6}},
+		{"0x80000000/0x80010100", [6]uint32{0x80000000, 0x80000100, 0x80010000, 0x80010100, 0x100, 0x10000}},
+		{"0/7", [6]uint32{}}, {"8/7", [6]uint32{}}, {"1/3", [6]uint32{}}, {"1", [6]uint32{}}, {"x/7", [6]uint32{}}, {"", [6]uint32{}}, {"1/0x100000007", [6]uint32{}},
 	} {
 		m, err := ParseMarks(c.in)
-		if (err != nil) != (c.want == [5]uint32{}) {
+		if (err != nil) != (c.want == [6]uint32{}) {
 			t.Errorf("%s: %v", c.in, err)
 		}
 		if err != nil {
 			continue
 		}
-		if got := [5]uint32{m.Lan(), m.Local(), m.Direct(), m.Own(), m.Entered()}; got != c.want {
+		if got := [6]uint32{m.Lan(), m.Local(), m.Direct(), m.Own(), m.Entered(), m.Alive()}; got != c.want {
 			t.Errorf("%s: %#x, want %#x", c.in, got, c.want)
 		}
 		if again, err := ParseMarks(m.String()); err != nil || again != m {

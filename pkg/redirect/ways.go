@@ -90,6 +90,7 @@ func (t *table) ways(p *Plan) {
 	if p.Local {
 		pre.add(iif("lo"), mark(m, m.Local()), going("local"))
 		t.local(p)
+		t.unheard(p)
 		t.output(p)
 	}
 	post := t.base("postrouting", nftables.ChainTypeFilter, nftables.ChainHookPostrouting)
@@ -164,6 +165,9 @@ func (t *table) output(p *Plan) {
 	c.add(notFromUs(), accept())
 	// A connection that was taken stays taken.
 	c.add(proto(tcp), ctMark(m, m.Own()), setMark(m, m.Local()), accept())
+	if t.alive {
+		c.add(proto(udp), markNot(m, m.Alive()), going("unheard"))
+	}
 	if p.DNS {
 		for _, w := range []struct {
 			proto l4
