@@ -2,6 +2,7 @@ package relay
 
 import (
 	"encoding/binary"
+	"net/netip"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,7 @@ type intake struct {
 	msgs    [burstSize]mmsghdr
 	iovecs  [burstSize]unix.Iovec
 	control [burstSize][controlRoom]byte
+	names   [burstSize]unix.RawSockaddrAny
 	room    []byte
 	used    int // of msgs, by the call before
 }
@@ -39,6 +41,7 @@ func (in *intake) init() {
 		h.Iov = &in.iovecs[i]
 		h.SetIovlen(1)
 		h.Control = &in.control[i][0]
+		h.Name = (*byte)(unsafe.Pointer(&in.names[i]))
 	}
 	in.used = burstSize
 }
@@ -52,8 +55,10 @@ func (in *intake) buffer(i int) []byte {
 // before is overwritten.
 func (in *intake) receive(fd int) (int, unix.Errno) {
 	for i := range in.msgs[:in.used] {
-		in.msgs[i].hdr.SetControllen(controlRoom)
-		in.msgs[i].hdr.Flags = 0
+		h := &in.msgs[i].hdr
+		h.SetControllen(controlRoom)
+		h.Namelen = unix.SizeofSockaddrInet6
+		h.Flags = 0
 	}
 	in.used = 0
 	for {
@@ -83,6 +88,21 @@ func (in *intake) message(i int) (data []byte, segment int) {
 		}
 	}
 	return in.buffer(i)[:min(int(m.n), datagramRoom)], segment
+}
+
+// sentBy tells whether the ith message came from an address. A socket that is
+// connected can hold what came before it was, and what was on its way to it at
+// that moment.
+func (in *intake) sentBy(i int, from netip.AddrPort) bool {
+	switch a := from.Addr(); in.names[i].Addr.Family {
+	case unix.AF_INET:
+		p := (*unix.RawSockaddrInet4)(unsafe.Pointer(&in.names[i]))
+		return a.Is4() && p.Addr == a.As4() && swapPort(p.Port) == from.Port()
+	case unix.AF_INET6:
+		p := (*unix.RawSockaddrInet6)(unsafe.Pointer(&in.names[i]))
+		return a.Is6() && p.Addr == a.As16() && swapPort(p.Port) == from.Port()
+	}
+	return false
 }
 
 // burst sends datagrams, many with one call.

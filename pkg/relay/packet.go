@@ -19,6 +19,7 @@ type Packet struct {
 	fd   atomic.Int32 // -1: closed
 	v6   bool
 	pair bool // no UDP
+	peer netip.AddrPort
 }
 
 // NewPacket makes a UDP socket bound to a local address and any port; an
@@ -83,6 +84,7 @@ func (p *Packet) Connect(to netip.AddrPort) error {
 	if errno := rawAddr(unix.SYS_CONNECT, int(p.fd.Load()), to); errno != 0 {
 		return os.NewSyscallError("connect", errno)
 	}
+	p.peer = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	return nil
 }
 

@@ -249,7 +249,9 @@ func (sh *shard) fromClients(src flow.PacketSource) {
 			sh.data = append(sh.data, sh.batch[k].Data)
 		}
 		f.head, f.tail = -1, -1
-		if !f.closed {
+		if f.closed { // it made room for another of the same batch
+			sh.u.drop(DropLimit, len(sh.data))
+		} else {
 			sh.up(f, sh.data)
 		}
 	}
@@ -335,6 +337,7 @@ func (sh *shard) fromOutlet(o *outlet) (more bool) {
 		data, segment := sh.in.message(i)
 		if o.socket.pair {
 			if len(data) == 0 {
+				sh.down(to, sh.data)
 				sh.brokenOutlet(o, unix.EPIPE)
 				return false
 			}
@@ -347,8 +350,9 @@ func (sh *shard) fromOutlet(o *outlet) (more bool) {
 			if more = len(data) > segment; more {
 				d, data = data[:segment], data[segment:]
 			}
-			if o.closed {
-				break // by what was delivered before
+			if o.closed { // by what was delivered before
+				sh.u.drop(DropOutlet, 1)
+				continue
 			}
 			f, payload := sh.sender(o, d)
 			if f != to {
