@@ -163,10 +163,8 @@ func (sh *shard) opened(o *outlet, w *Way, made Outlet, err error) {
 	o.queue = nil
 	for _, q := range queue {
 		sh.u.queued.Add(-int64(len(q.data)))
-		if !q.f.closed && q.f.out == o && !o.closed {
-			if len(sh.send(q.f, [][]byte{q.data})) > 0 {
-				sh.u.drop(DropOutlet, 1)
-			}
+		if q.f.out != o || len(sh.send(q.f, [][]byte{q.data})) > 0 {
+			sh.u.drop(DropOutlet, 1)
 		}
 	}
 }

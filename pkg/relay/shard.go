@@ -180,22 +180,23 @@ func (sh *shard) dispatch(ev *unix.EpollEvent) (more bool) {
 // turnBatches is how often a socket is read before others have their turn.
 const turnBatches = 4
 
-// serve runs what was posted, and the clock.
+// serve runs Invalidate, what was posted, and the clock. What was posted before
+// an Invalidate can be datagrams that may no longer leave.
 func (sh *shard) serve() {
 	sh.mu.Lock()
 	posted := sh.posted
 	sh.posted = nil
 	sh.mu.Unlock()
+	if epoch := sh.u.epoch.Load(); epoch != sh.epoch {
+		sh.epoch = epoch
+		sh.decideAll()
+	}
 	for _, f := range posted {
 		f()
 	}
 	if now := sh.u.now.Load(); now != sh.now {
 		sh.now = now
 		sh.expire()
-	}
-	if epoch := sh.u.epoch.Load(); epoch != sh.epoch {
-		sh.epoch = epoch
-		sh.decideAll()
 	}
 }
 

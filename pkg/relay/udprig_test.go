@@ -24,8 +24,9 @@ type injector struct {
 
 	mu   sync.Mutex
 	in   []flow.Datagram
-	fail error // of the next TryReadBatch
-	full bool  // WriteBatch has no room
+	fail error  // of the next TryReadBatch
+	full bool   // WriteBatch has no room
+	next func() // called by the loop before it takes what is in next
 }
 
 func newInjector(t testing.TB) *injector {
@@ -49,6 +50,10 @@ func (s *injector) put(ds ...flow.Datagram) {
 func (s *injector) TryReadBatch(ds []flow.Datagram) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.next != nil {
+		s.next()
+		s.next = nil
+	}
 	n := min(len(ds), len(s.in))
 	for i, d := range s.in[:n] {
 		d.Data = append(ds[i].Data[:0], d.Data...)
@@ -59,6 +64,14 @@ func (s *injector) TryReadBatch(ds []flow.Datagram) (int, error) {
 		unix.Read(s.fd, b[:])
 	}
 	return n, s.fail
+}
+
+// hook has the loop call f when it takes the next datagrams: what f does comes
+// to it before them.
+func (s *injector) hook(f func()) {
+	s.mu.Lock()
+	s.next = f
+	s.mu.Unlock()
 }
 
 func (s *injector) Control(f func(fd int) error) error { return f(s.fd) }
