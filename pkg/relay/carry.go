@@ -232,11 +232,16 @@ func (sh *shard) stranger(o *outlet, from netip.AddrPort) *udpFlow {
 	if src == nil || o.s.flows >= maxSessionFlows || len(sh.flows) >= share(sh.u.o.MaxFlows, len(sh.u.shards)) {
 		return nil
 	}
-	f := sh.newFlow(src, client, from, o.s.ifIndex)
-	if f.verdict.Way == nil || !o.takes(f) {
-		sh.closeFlow(f)
+	epoch := sh.u.epoch.Load()
+	v := sh.u.o.Decide(client, from, o.s.ifIndex)
+	if v.Way == nil || !o.takes(&v, from) {
+		if v.Release != nil {
+			v.Release()
+		}
 		return nil
 	}
+	f := sh.newFlow(src, client, from, o.s.ifIndex)
+	sh.follow(f, v, epoch)
 	sh.attach(f, o)
 	return f
 }

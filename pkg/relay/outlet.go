@@ -58,16 +58,15 @@ func (o *outlet) answers(from netip.AddrPort, byName bool) *udpFlow {
 	return o.named[from.Port()]
 }
 
-// takes tells whether a flow with a verdict fits into an outlet.
-func (o *outlet) takes(f *udpFlow) bool {
+// takes tells whether one flow more, to dst, with a Way, fits into an outlet.
+func (o *outlet) takes(v *Verdict, dst netip.AddrPort) bool {
 	switch {
-	case o.key != f.verdict.Way.Key:
+	case o.key != v.Way.Key:
 		return false
-	case f.verdict.Header == nil:
-		return o.bare == nil || o.bare == f
-	case f.verdict.Named:
-		other := o.named[f.dst.Port()]
-		return other == nil || other == f
+	case v.Header == nil:
+		return o.bare == nil
+	case v.Named:
+		return o.named[dst.Port()] == nil
 	}
 	return true
 }
@@ -84,7 +83,7 @@ func (sh *shard) findOutlet(f *udpFlow) bool {
 	}
 	f.failed = false
 	for _, o := range f.s.outlets {
-		if o.takes(f) {
+		if o.takes(&f.verdict, f.dst) {
 			sh.attach(f, o)
 			return true
 		}
@@ -196,6 +195,9 @@ func keepAlive(fd int) {
 }
 
 func (s *session) noteVia(key string, via any) {
+	if via == nil {
+		return
+	}
 	note(&s.result.Via, via)
 	for i := range s.via {
 		if s.via[i].key == key {

@@ -85,12 +85,13 @@ func (sh *shard) find(src flow.PacketSource, d *flow.Datagram) *udpFlow {
 	f := sh.flows[flowKey{d.Src, d.Dst}]
 	if f == nil {
 		f = sh.newFlow(src, d.Src, d.Dst, d.IfIndex)
+		sh.decide(f)
 	}
 	return f
 }
 
-// newFlow makes a flow, and a session if it is the first of its client socket,
-// and decides it.
+// newFlow makes a flow, which is not decided yet, and a session if it is the
+// first of its client socket.
 func (sh *shard) newFlow(src flow.PacketSource, client, dst netip.AddrPort, ifIndex int) *udpFlow {
 	s := sh.sessions[client]
 	if s != nil && s.flows >= maxSessionFlows {
@@ -112,27 +113,31 @@ func (sh *shard) newFlow(src flow.PacketSource, client, dst netip.AddrPort, ifIn
 	s.result.Flows++
 	sh.flows[flowKey{client, dst}] = f
 	sh.u.flows.Add(1)
-	sh.decide(f)
 	return f
 }
 
 // share is the part of a limit that one of n shards has.
 func share(limit, n int) int { return max((limit+n-1)/n, 1) }
 
-// decide asks what becomes of a flow, and takes it out of an outlet that is not
-// its way any longer.
+// decide asks what becomes of a flow.
 func (sh *shard) decide(f *udpFlow) {
-	f.epoch = sh.u.epoch.Load() // before Decide, which may see a later plan
+	epoch := sh.u.epoch.Load() // before Decide, which may see a later plan
+	sh.follow(f, sh.u.o.Decide(f.s.client, f.dst, f.s.ifIndex), epoch)
+}
+
+// follow gives a flow a verdict, and takes it out of an outlet that is not its
+// way any longer.
+func (sh *shard) follow(f *udpFlow, v Verdict, epoch uint32) {
 	old := f.verdict.Release
-	f.verdict = sh.u.o.Decide(f.s.client, f.dst, f.s.ifIndex)
+	f.verdict, f.epoch = v, epoch
 	if old != nil {
 		old() // after the new verdict has taken what it wants to keep
 	}
-	note(&f.s.result.Why, f.verdict.Why)
+	note(&f.s.result.Why, v.Why)
 	f.failed = false
 	if o := f.out; o != nil {
 		sh.detach(f)
-		if f.verdict.Way != nil && !o.closed && o.takes(f) {
+		if v.Way != nil && !o.closed && o.takes(&v, f.dst) {
 			sh.attach(f, o)
 		} else if o.flows == 0 {
 			sh.closeOutlet(o)
