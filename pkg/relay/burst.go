@@ -51,8 +51,9 @@ func (in *intake) buffer(i int) []byte {
 	return in.room[i*datagramRoom : (i+1)*datagramRoom : (i+1)*datagramRoom]
 }
 
-// receive takes what is there, 0 and EAGAIN if there is nothing. What came
-// before is overwritten.
+// receive takes what is there, 0 and EAGAIN if there is nothing, 0 and EMSGSIZE
+// if a router said that a datagram was too long for it, which the kernel has
+// noted for those to come. What came before is overwritten.
 func (in *intake) receive(fd int) (int, unix.Errno) {
 	for i := range in.msgs[:in.used] {
 		h := &in.msgs[i].hdr
@@ -174,6 +175,9 @@ func (b *burst) send(fd int, header []byte, data [][]byte, super *int) (sent int
 			b.put(i, header, d)
 		}
 		k, e := b.single(fd, n)
+		if e == unix.EMSGSIZE {
+			k, e = b.single(fd, n) // it can be what a router said of an earlier one
+		}
 		sent += k
 		if e != 0 {
 			return sent, e

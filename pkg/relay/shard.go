@@ -267,6 +267,8 @@ func (sh *shard) fromClient(f *udpFlow) (more bool) {
 	case 0:
 	case unix.EAGAIN:
 		return false
+	case unix.EMSGSIZE:
+		return true
 	default:
 		sh.closeFlow(f) // the client's socket is gone: ICMP said so
 		return false
@@ -326,10 +328,14 @@ func split(list [][]byte, data []byte, segment int) [][]byte {
 // Datagrams of one flow that follow one another go together.
 func (sh *shard) fromOutlet(o *outlet) (more bool) {
 	n, e := sh.in.receive(int(o.fd))
-	if e != 0 {
-		if e != unix.EAGAIN {
-			sh.brokenOutlet(o, e)
-		}
+	switch e {
+	case 0:
+	case unix.EAGAIN:
+		return false
+	case unix.EMSGSIZE:
+		return true
+	default:
+		sh.brokenOutlet(o, e)
 		return false
 	}
 	var to *udpFlow
