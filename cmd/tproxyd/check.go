@@ -60,8 +60,8 @@ Warnings alone leave it 0.`,
 		}
 		if verbose {
 			e.printRules(setup.Table)
-			fmt.Fprintf(e.stdout, "limit     UDP          %d client sockets, %d destinations of them, %d MiB of datagrams that wait for a server\n",
-				relay.UDPMaxSessions, relay.UDPMaxFlows, relay.UDPMaxQueued>>20)
+			fmt.Fprintf(e.stdout, "limit     UDP          %d client sockets, %d destinations of them, %d MiB of datagrams that wait for a server: %d MiB of memory in all\n",
+				relay.UDPMaxSessions, relay.UDPMaxFlows, relay.UDPMaxQueued>>20, relay.UDPMaxMemory>>20)
 		}
 		fmt.Fprintf(e.stdout, "ok: %d rules, %d servers\n", len(setup.Table.Rules()), len(setup.Table.Servers()))
 		return nil

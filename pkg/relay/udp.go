@@ -25,6 +25,13 @@ const (
 	// outlet to be opened.
 	UDPMaxQueued = 32 << 20
 
+	// UDPMaxMemory is what all of that takes at most, in bytes; not the buffers of
+	// the kernel's sockets, which net.ipv4.udp_mem bounds.
+	UDPMaxMemory = UDPMaxSessions*sessionMemory + UDPMaxFlows*flowMemory + UDPMaxQueued
+
+	sessionMemory = 4 << 10 // of a session with its outlet, as the garbage collector lets it grow
+	flowMemory    = 2 << 10 // of a flow, likewise
+
 	maxSessionFlows = 8192 // destinations of one client socket
 	maxOutletQueue  = 64   // datagrams that wait for one outlet
 )
