@@ -300,10 +300,6 @@ func (sh *shard) fromOthers(src flow.PacketSource, dst netip.AddrPort) {
 		client := addrPort(&sh.in.names[i])
 		data, segment := sh.in.message(i)
 		f := sh.find(src, &flow.Datagram{Src: client, Dst: dst})
-		if f == nil {
-			sh.u.drop(DropLimit, 1)
-			continue
-		}
 		if f.verdict.Way == nil && f.s.ifIndex == 0 {
 			sh.u.drop(DropStranger, 1)
 			sh.closeFlow(f) // the next one will be decided with its interface
