@@ -266,7 +266,7 @@ func TestUDPDaemonKilled(t *testing.T) {
 	w.outside.udpServices(t, outsideAt, outsideAt6)
 	d := serve(t, w.gateway, settings{local: true, routes: "SERVER one 198.51.100.11\nSOCKD5 @=one *\n"})
 	w.observe(t)
-	for _, h := range []*host{w.client} {
+	for _, h := range []*host{w.client, w.gateway} {
 		ts := w.startTalks(t, h, 12)
 		ts.heard(t, 5*time.Second, h.name+": are served")
 		for range 2 {
