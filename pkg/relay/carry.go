@@ -8,11 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ownSocketAfter is the number of datagrams, in both directions, after which a
-// flow gets a socket of its own. Before that its answers leave by the raw
-// sender of the source: opening a socket costs as much as ten datagrams, and
-// a question with its answer is only two.
-const ownSocketAfter = 4
+// ownSocketAfter is the number of datagrams, in both directions and within one
+// tick, after which a flow gets a socket of its own. A slower one is served by
+// the source: many of these are cheaper so, with a descriptor less each, and
+// opening a socket costs as much as ten datagrams.
+const ownSocketAfter = 8
 
 // up carries datagrams of a client. There is at least one.
 func (sh *shard) up(f *udpFlow, data [][]byte) {
@@ -52,7 +52,7 @@ func (sh *shard) up(f *udpFlow, data [][]byte) {
 // not sent because it broke, and is closed.
 func (sh *shard) send(f *udpFlow, data [][]byte) [][]byte {
 	o := f.out
-	if f.seen >= ownSocketAfter {
+	if f.fd >= 0 || f.seen >= ownSocketAfter {
 		sh.prepare(o)
 	}
 	sh.checkMTU(f, o, data)

@@ -175,6 +175,11 @@ func (sh *shard) prepare(o *outlet) {
 		o.busy = true
 		preparePacket(int(o.fd))
 	}
+}
+
+// tend has the end of a control connection noticed, of an outlet that is still
+// used when it is no longer new.
+func (sh *shard) tend(o *outlet) {
 	if !o.kept && o.ctl != nil && sh.now-o.begun > keepAliveTicks {
 		o.kept = true
 		o.ctl.Control(func(fd int) error { keepAlive(fd); return nil })

@@ -27,7 +27,7 @@ type udpFlow struct {
 	verdict  Verdict
 	out      *outlet // nil: none, or refused
 	fd       int32   // socket of its own; -1: none
-	seen     int     // datagrams, up to ownSocketAfter
+	seen     int     // datagrams in this tick, up to ownSocketAfter; not counted once it has a socket
 	noSocket bool    // it cannot have one
 	super    int     // see burst.send
 	epoch    uint32  // of the verdict
@@ -185,7 +185,10 @@ func (sh *shard) use(f *udpFlow) {
 // touch notes that a flow is used, and has it decided anew after Invalidate.
 func (sh *shard) touch(f *udpFlow) {
 	if f.last != sh.now {
-		f.last = sh.now
+		f.last, f.seen = sh.now, 0
+		if f.out != nil {
+			sh.tend(f.out)
+		}
 		sh.use(f)
 	}
 	if f.epoch != sh.u.epoch.Load() {
