@@ -450,20 +450,28 @@ func (r *udpRig) tick(n int) {
 	}
 }
 
-// check wants what each loop holds to agree with itself and with the counters.
+// check wants what the loops hold to agree with itself and with the counters.
 func (r *udpRig) check() {
 	r.t.Helper()
 	var total tally
-	r.inside(func(sh *shard) {
-		t, err := tallyOf(sh)
-		if err != nil {
-			r.t.Error(err)
-		}
-		total.add(t)
-	})
+	counted, goOn := make(chan tally), make(chan struct{})
+	for _, sh := range r.shards {
+		sh.post(func() {
+			t, err := tallyOf(sh)
+			if err != nil {
+				r.t.Error(err)
+			}
+			counted <- t
+			<-goOn
+		})
+	}
+	for range r.shards {
+		total.add(<-counted)
+	}
 	if err := total.agrees(r.UDP); err != nil {
 		r.t.Error(err)
 	}
+	close(goOn)
 }
 
 // controls gives each outlet a control connection from now on, and returns the
