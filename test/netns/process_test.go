@@ -72,7 +72,13 @@ type process struct {
 func (h *host) start(t testing.TB, c command) *process {
 	t.Helper()
 	p := &process{began: time.Now(), ended: make(chan struct{})}
-	p.cmd = exec.Command(c.args[0], c.args[1:]...)
+	args := c.args
+	if c.alone {
+		// The first process of the namespace must be one that stays root: who
+		// changes its user, as servers do, outlives its parent.
+		args = append([]string{"/bin/sh", "-c", `"$@" & wait $!`, "sh"}, args...)
+	}
+	p.cmd = exec.Command(args[0], args[1:]...)
 	p.cmd.Env = append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + h.dir, "LC_ALL=C"}, c.env...)
 	p.cmd.Dir = h.dir
 	p.cmd.Stdin = strings.NewReader(c.stdin)

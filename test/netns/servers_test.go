@@ -124,7 +124,7 @@ client { permit { src { %s/32; }; }; };
 			said.Write(append(b[:n], '\n'))
 		}
 	}()
-	// It goes into the background, and what it forked ends with the shell.
+	// It goes into the background, and ends with the namespace.
 	p := h.start(t, command{alone: true, args: []string{tool(t, "unshare"), "-m", "/bin/sh", "-c", `
 mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && ln -s "$1" /dev/log && "$2" -c "$3" && exec sleep infinity`,
 		"sh", state + "/log", tool(t, "hpsockd"), conf}})
