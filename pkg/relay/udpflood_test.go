@@ -123,18 +123,24 @@ func blocking(t testing.TB, local, remote netip.AddrPort, closed func()) int {
 // bounce has n datagrams go to the server and back.
 func bounce(t testing.TB, client, server, n int, data, b []byte) {
 	for range n {
-		if _, err := unix.Write(client, data); err != nil {
-			t.Fatal(err)
+		moves(t, unix.Write, client, data)
+		k := moves(t, unix.Read, server, b)
+		moves(t, unix.Write, server, b[:k])
+		if k = moves(t, unix.Read, client, b); k != len(data) {
+			t.Fatalf("%d bytes came back", k)
 		}
-		k, err := unix.Read(server, b)
-		if err != nil {
+	}
+}
+
+// moves calls unix.Read or unix.Write until no signal comes between.
+func moves(t testing.TB, call func(int, []byte) (int, error), fd int, b []byte) int {
+	for {
+		switch n, err := call(fd, b); err {
+		case nil:
+			return n
+		case unix.EINTR:
+		default:
 			t.Fatal(err)
-		}
-		if _, err := unix.Write(server, b[:k]); err != nil {
-			t.Fatal(err)
-		}
-		if k, err = unix.Read(client, b); k != len(data) || err != nil {
-			t.Fatalf("%d bytes came back, %v", k, err)
 		}
 	}
 }
@@ -181,9 +187,7 @@ func BenchmarkUDP(b *testing.B) {
 					b.Fatal(k, e)
 				}
 				for range data {
-					if _, err := unix.Read(server, room); err != nil {
-						b.Fatal(err)
-					}
+					moves(b, unix.Read, server, room)
 				}
 			}
 		})
