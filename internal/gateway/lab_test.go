@@ -55,14 +55,20 @@ type lab struct {
 	t      testing.TB
 	engine *relay.Engine
 	echo   netip.AddrPort
-	names  *names
-	opts   gateway.Options
+
+	echoUDP netip.AddrPort
+	names   *names
+	opts    gateway.Options
 
 	requests chan socksserver.Request
 	log      *records
 
 	interfaceError error       // in place of an interface
 	left           atomic.Bool // the clients are gone
+
+	udp     socksserver.UDP // of servers that are started from now on
+	servers []*socksserver.Server
+	at      func(addr string) string // where a server finds what it is asked for by TCP; nil: at the echo
 
 	mu       sync.Mutex
 	own      netip.Addr                                          // a listener of ours, whichever port
@@ -90,18 +96,25 @@ func newLab(t testing.TB, level slog.Level, fault socksserver.Fault, rules ...st
 	}
 	t.Cleanup(func() { l.engine.Close() })
 	l.echo = startEcho(t)
-	pool := upstream.New(upstream.Options{Dial: l.dialEngine})
+	pool := upstream.New(upstream.Options{
+		Dial:   l.dialEngine,
+		Packet: func(local netip.Addr) (upstream.PacketSocket, error) { return relay.NewPacket(local, nil) },
+	})
 	l.opts = gateway.Options{
 		Names:    l.names,
 		Upstream: pool,
 		Engine:   l.engine,
 		Dial:     l.dialDirect,
+		DialUDP:  l.dialUDP,
 		Resolve:  l.resolveName,
 		Interface: func(_ *relay.Conn, wanted bool) (string, error) {
 			if !wanted {
 				return "", nil
 			}
 			return "lan0", l.interfaceError
+		},
+		Entered: func(i int) (string, error) {
+			return map[int]string{1: "lan0", 2: "guest"}[i], l.interfaceError
 		},
 		Gone:  func(*relay.Conn) bool { return l.left.Load() },
 		Index: func(i int) string { return map[int]string{1: "lan0", 2: "guest"}[i] },
@@ -141,12 +154,23 @@ func (l *lab) startSocks(fault socksserver.Fault) string {
 	ln := listen(l.t, "127.0.0.1:0")
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &socksserver.Server{
-		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, network, l.echo.String())
+		Dial: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if l.at == nil {
+				return (&net.Dialer{}).DialContext(ctx, network, l.echo.String())
+			}
+			return (&net.Dialer{}).DialContext(ctx, network, l.at(addr))
 		},
-		OnRequest: func(r socksserver.Request) { l.requests <- r },
-		Fault:     fault,
+		Resolve: func(string) (netip.Addr, error) { return netip.MustParseAddr(realAt), nil },
+		OnRequest: func(r socksserver.Request) {
+			select {
+			case l.requests <- r:
+			default: // nobody looks
+			}
+		},
+		Fault: fault,
+		UDP:   l.udp,
 	}
+	l.servers = append(l.servers, s)
 	if fault.Close == socksserver.AtAuth {
 		s.Auth = func(string, string) bool { return false }
 	}
@@ -176,6 +200,27 @@ func (l *lab) dialDirect(ctx context.Context, to netip.AddrPort) (net.Conn, erro
 		}
 	}
 	return l.dialEngine(ctx, l.echo)
+}
+
+// dialUDP goes where it is told on this host, else to the echo.
+func (l *lab) dialUDP(to netip.AddrPort) (*relay.Packet, error) {
+	l.mu.Lock()
+	l.dialled = append(l.dialled, to.Addr())
+	dial := l.dial
+	l.mu.Unlock()
+	if dial != nil {
+		if err := dial(to); err != nil {
+			return nil, err
+		}
+	}
+	if !to.Addr().IsLoopback() {
+		to = l.echoUDP
+	}
+	p, err := relay.NewPacket(netip.IPv4Unspecified(), nil)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.Connect(to)
 }
 
 func (l *lab) resolveName(ctx context.Context, name string) ([]netip.Addr, error) {

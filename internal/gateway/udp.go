@@ -136,11 +136,15 @@ func listKey(servers []*upstream.Server, r *routes.Rule) string {
 }
 
 // directWay leads from this host to the destination, or to the first of the
-// name's addresses that no earlier rule takes. A later plan may take it, so the
-// way is this plan's alone.
+// name's addresses that no earlier rule takes. A later plan may take that, so the
+// way to a name is this plan's alone.
 func (g *Gateway) directWay(l *live) *relay.Way {
+	key := fmt.Sprintf("direct %v", l.flow.Dst)
+	if l.flow.Name != "" {
+		key += fmt.Sprintf(" %p", l.plan)
+	}
 	return &relay.Way{
-		Key:     fmt.Sprintf("direct %v %p", l.flow.Dst, l.plan),
+		Key:     key,
 		Refusal: refusalOf,
 		Open: func(ctx context.Context, _ any) (relay.Outlet, error) {
 			to := l.flow.Dst
