@@ -43,17 +43,31 @@ func (g *Gateway) dnsOutlet(servers []*upstream.Server, balance bool) (relay.Out
 			select {
 			case slots <- struct{}{}:
 			default:
-				continue // the client asks again
+				fail(f, b[:n])
+				continue
 			}
 			go func() {
 				defer func() { <-slots }()
-				if answer, err := g.askOverTCP(ctx, servers, balance, b[:n]); err == nil {
-					f.Write(answer)
+				answer, err := g.askOverTCP(ctx, servers, balance, b[:n])
+				if err != nil {
+					fail(f, b[:n])
+					return
 				}
+				f.Write(answer)
 			}()
 		}
 	}()
 	return relay.Outlet{Socket: socket}, nil
+}
+
+// fail says to who asked a question, which is behind its header, that there will
+// be no answer. What is no question is dropped.
+func fail(to io.Writer, d []byte) {
+	if _, _, n, err := socks.ParseUDPHeader(d); err == nil {
+		if answer := fakedns.Failed(d[n:]); answer != nil {
+			to.Write(append(d[:n:n], answer...))
+		}
+	}
 }
 
 // askOverTCP carries one question, behind its header, and returns the answer

@@ -373,6 +373,22 @@ func Fit(question, answer []byte) []byte {
 	return answer
 }
 
+// Failed returns SERVFAIL for a question, so that who asked need not wait for a
+// time-out; nil: it is no question.
+func Failed(question []byte) []byte {
+	q := new(dns.Msg)
+	if q.Unpack(question) != nil || q.Response {
+		return nil
+	}
+	a := new(dns.Msg).SetRcode(q, dns.RcodeServerFailure)
+	finish(q, a, true)
+	b, err := a.Pack()
+	if err != nil {
+		return nil
+	}
+	return b
+}
+
 // ServeTCP answers DNS over TCP on ln until ctx ends. It closes ln.
 func (s *Server) ServeTCP(ctx context.Context, ln net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { ln.Close() })

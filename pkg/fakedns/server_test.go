@@ -234,3 +234,101 @@ func TestServeTooMany(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 }
+
+// TestFit: what came by TCP goes by UDP with as much of it as the client takes,
+// and says if that is not all.
+func TestFit(t *testing.T) {
+	answer := func(records int, edns bool) []byte {
+		a := new(dns.Msg).SetQuestion("long.example.", dns.TypeTXT)
+		a.Response = true
+		for i := range records {
+			rr, err := dns.NewRR(fmt.Sprintf("long.example. 300 IN TXT %q", strings.Repeat(fmt.Sprint(i%10), 200)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			a.Answer = append(a.Answer, rr)
+		}
+		if edns {
+			a.SetEdns0(4096, true)
+		}
+		return pack(t, a)
+	}
+	question := func(size uint16) []byte {
+		q := new(dns.Msg).SetQuestion("long.example.", dns.TypeTXT)
+		if size > 0 {
+			q.SetEdns0(size, false)
+		}
+		return pack(t, q)
+	}
+	for _, c := range []struct {
+		question, answer []byte
+		most             int // bytes
+		records          int
+		truncated        bool
+	}{
+		{question(0), answer(2, false), 512, 2, false},
+		{question(0), answer(3, false), 512, 2, true},
+		{question(0), answer(300, false), 512, 2, true},
+		{question(512), answer(3, true), 512, 2, true},
+		{question(100), answer(3, true), 512, 2, true}, // RFC 6891: no less than 512
+		{question(1232), answer(5, true), 1232, 5, false},
+		{question(1232), answer(6, true), 1232, 5, true},
+		{question(4096), answer(6, true), 4096, 6, false},
+		{question(65535), answer(300, true), 65535, 300, false},
+	} {
+		got := Fit(c.question, c.answer)
+		var m dns.Msg
+		if err := m.Unpack(got); err != nil {
+			t.Fatal(err)
+		}
+		if len(got) > c.most || len(m.Answer) != c.records || m.Truncated != c.truncated || len(m.Question) != 1 {
+			t.Errorf("%d bytes of %d, %d records, truncated %v", len(got), c.most, len(m.Answer), m.Truncated)
+		}
+		if !m.Truncated && !slices.Equal(got, c.answer) && len(got) >= len(c.answer) {
+			t.Error("what fits was changed")
+		}
+	}
+	rubbish := []byte(strings.Repeat("rubbish", 1000))
+	for _, q := range [][]byte{nil, rubbish, question(0)} {
+		if got := Fit(q, rubbish); !slices.Equal(got, rubbish) {
+			t.Errorf("%d bytes that are no DNS were changed", len(got))
+		}
+	}
+	long := answer(3, false)
+	if got := Fit(nil, long); !slices.Equal(got, long) {
+		t.Error("the answer to what is no question was changed")
+	}
+}
+
+func TestFailed(t *testing.T) {
+	q := new(dns.Msg).SetQuestion("WWW.example.", dns.TypeHTTPS)
+	for _, edns := range []bool{false, true} {
+		if edns {
+			q.SetEdns0(1232, true)
+		}
+		var a dns.Msg
+		if err := a.Unpack(Failed(pack(t, q))); err != nil {
+			t.Fatal(err)
+		}
+		if a.Id != q.Id || !a.Response || a.Rcode != dns.RcodeServerFailure || !cmp.Equal(a.Question, q.Question) || (a.IsEdns0() != nil) != edns || !a.RecursionDesired {
+			t.Errorf("%v", &a)
+		}
+		if b := Failed(pack(t, &a)); b != nil {
+			t.Errorf("an answer is answered: %x", b)
+		}
+	}
+	for _, b := range []string{"", "rubbish", "rather a lot of rubbish, in fact"} {
+		if a := Failed([]byte(b)); a != nil {
+			t.Errorf("%q is answered: %x", b, a)
+		}
+	}
+}
+
+func pack(t *testing.T, m *dns.Msg) []byte {
+	t.Helper()
+	b, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
