@@ -68,9 +68,9 @@ type lab struct {
 
 	udp     socksserver.UDP // of servers that are started from now on
 	servers []*socksserver.Server
-	at      func(addr string) string // where a server finds what it is asked for by TCP; nil: at the echo
 
 	mu       sync.Mutex
+	at       string                                              // where a server finds whatever it is asked for by TCP
 	own      netip.Addr                                          // a listener of ours, whichever port
 	resolve  func(context.Context, string) ([]netip.Addr, error) // nil: nothing is found
 	dial     func(to netip.AddrPort) error                       // nil: every address answers
@@ -96,6 +96,7 @@ func newLab(t testing.TB, level slog.Level, fault socksserver.Fault, rules ...st
 	}
 	t.Cleanup(func() { l.engine.Close() })
 	l.echo = startEcho(t)
+	l.at = l.echo.String()
 	pool := upstream.New(upstream.Options{
 		Dial:   l.dialEngine,
 		Packet: func(local netip.Addr) (upstream.PacketSocket, error) { return relay.NewPacket(local, nil) },
@@ -154,11 +155,11 @@ func (l *lab) startSocks(fault socksserver.Fault) string {
 	ln := listen(l.t, "127.0.0.1:0")
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &socksserver.Server{
-		Dial: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			if l.at == nil {
-				return (&net.Dialer{}).DialContext(ctx, network, l.echo.String())
-			}
-			return (&net.Dialer{}).DialContext(ctx, network, l.at(addr))
+		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			l.mu.Lock()
+			at := l.at
+			l.mu.Unlock()
+			return (&net.Dialer{}).DialContext(ctx, network, at)
 		},
 		Resolve: func(string) (netip.Addr, error) { return netip.MustParseAddr(realAt), nil },
 		OnRequest: func(r socksserver.Request) {

@@ -71,9 +71,17 @@ func newDNSLab(t *testing.T, kind string) *udpLab {
 	s := withoutUDP[kind]
 	l := newUDPLab(t, slog.LevelInfo, socksserver.Fault{}, s.udp, "SERVER far $S"+s.rule, "SOCKD5 @=far *")
 	l.names.owner[netip.MustParseAddr(wwwAt)] = "resolver.example"
-	at := startResolver(t)
-	l.at = func(string) string { return at }
+	l.finds(startResolver(t))
 	return l
+}
+
+// finds sets where servers find whatever they are asked for by TCP, and returns
+// where it was until now.
+func (l *udpLab) finds(at string) (before string) {
+	l.lab.mu.Lock()
+	defer l.lab.mu.Unlock()
+	before, l.lab.at = l.lab.at, at
+	return before
 }
 
 // asks sends a question for a TXT and returns the answer.
@@ -164,12 +172,11 @@ func TestDNSOverTCPFails(t *testing.T) {
 	if a := l.asks(clientAt, resolver, "closes.example.", 0); a.Rcode != dns.RcodeServerFailure {
 		t.Errorf("a resolver that closes: %v", a)
 	}
-	at := l.at
-	l.at = func(string) string { return closedPort(t) }
+	at := l.finds(closedPort(t))
 	if a := l.asks(clientAt, resolver, "100.example.", 1232); a.Rcode != dns.RcodeServerFailure {
 		t.Errorf("no resolver: %v", a)
 	}
-	l.at = at
+	l.finds(at)
 	l.put(clientAt, resolver, "", "rubbish", strings.Repeat("x", 5000))
 	if a := l.asks(clientAt, resolver, "100.example.", 0); a.Rcode != dns.RcodeSuccess {
 		t.Errorf("%v", a)
