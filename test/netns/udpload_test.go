@@ -131,16 +131,19 @@ func (d *daemon) descriptors(t testing.TB) int {
 	return len(fds)
 }
 
-// load is a crowd of a size against a SOCKS server, whose associations live for
-// the time given after their last datagram; alive says how many the server has,
-// if that can be known.
-func (w *world) load(t *testing.T, short, long int, idle time.Duration, alive func() int) {
+// load is a crowd of a size against a SOCKS server. Its associations live until
+// a reload that lowers the idle limit; alive says how many the server has, if
+// that can be known.
+func (w *world) load(t *testing.T, short, long int, alive func() int) {
 	t.Helper()
 	for _, a := range []string{outsideAt, outsideAt6} {
 		w.outside.answerUDP(t, net.JoinHostPort(a, "9000"), checkUDP)
 	}
+	rules := func(idle string) string {
+		return fmt.Sprintf("SERVER one 198.51.100.11\nTIMEOUT udp=%s\nSOCKD5 @=one *\n", idle)
+	}
 	d := serve(t, w.gateway, settings{
-		routes: fmt.Sprintf("SERVER one 198.51.100.11\nTIMEOUT udp=%v dns=%v\nSOCKD5 @=one *\n", idle, idle),
+		routes: rules("5m"),
 		// Go gives memory back after minutes, or near a limit at once.
 		env: []string{"GOMEMLIMIT=16MiB"},
 	})
@@ -166,11 +169,13 @@ func (w *world) load(t *testing.T, short, long int, idle time.Duration, alive fu
 	if n := d.metric(t, "tproxyd_udp_sessions_total") - sessions; int(n) < few {
 		t.Errorf("%v sessions, want one for each of %d sockets", n, short+long)
 	}
+	d.routes(t, rules("2s"))
+	d.reload(t)
 	if alive != nil {
-		eventually(t, idle+10*time.Second, "no association is left", func() bool { return alive() == 0 })
+		eventually(t, 10*time.Second, "no association is left", func() bool { return alive() == 0 })
 	}
 	for _, what := range []string{"sessions", "flows", "outlets"} {
-		eventually(t, idle+10*time.Second, "none is left of "+what, func() bool { return d.metric(t, "tproxyd_udp_"+what) == 0 })
+		eventually(t, 10*time.Second, "none is left of "+what, func() bool { return d.metric(t, "tproxyd_udp_"+what) == 0 })
 	}
 	near := func(now, before int) bool { return now <= before+before/10 }
 	eventually(t, 5*time.Second, fmt.Sprintf("as few descriptors as the %d before", fds), func() bool { return near(d.descriptors(t), fds) })
@@ -185,8 +190,8 @@ func TestUDPLoad(t *testing.T) {
 	w.socks1.startSocks(t, s, socks1At+":1080")
 	var most atomic.Int64
 	s.OnRequest = func(socksserver.Request) { most.Store(max(most.Load(), int64(s.Counts().Alive))) }
-	w.load(t, 2000, 200, 8*time.Second, func() int { return s.Counts().Alive })
-	if c := s.Counts(); most.Load() < 1800 || c.Dropped != 0 {
+	w.load(t, 2000, 200, func() int { return s.Counts().Alive })
+	if c := s.Counts(); most.Load() < 2000 || c.Dropped != 0 {
 		t.Errorf("%d associations at once of %d, %d datagrams went no further; want 2,000 and none", most.Load(), c.Total, c.Dropped)
 	}
 }
@@ -195,5 +200,5 @@ func TestUDPLoadDante(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.dante(t)
-	w.load(t, 200, 20, 2*time.Second, nil)
+	w.load(t, 200, 20, nil)
 }
