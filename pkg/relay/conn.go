@@ -105,7 +105,7 @@ func (c *Conn) event(l *loop, ev uint32) {
 		w, c.waitW = c.waitW, nil
 	}
 	var ended func()
-	if c.readable {
+	if c.ended != nil && c.spoke() {
 		ended, c.ended = c.ended, nil
 	}
 	c.mu.Unlock()
@@ -124,7 +124,7 @@ func (c *Conn) whenEnded(f func()) {
 		return
 	}
 	c.mu.Lock()
-	now := c.readable || c.state != connOpen
+	now := c.state != connOpen || c.spoke()
 	if !now {
 		c.ended = f
 	}
@@ -132,6 +132,19 @@ func (c *Conn) whenEnded(f func()) {
 	if now {
 		f()
 	}
+}
+
+// spoke tells whether there is something to read, the end included. Of what was
+// read as soon as it was there the event can come later, and says nothing.
+func (c *Conn) spoke() bool {
+	if !c.readable {
+		return false
+	}
+	var b [1]byte
+	if _, e := rawRecv(int(c.fd), b[:], unix.MSG_PEEK); e == unix.EAGAIN {
+		c.readable = false
+	}
+	return c.readable
 }
 
 // wait parks until an event, a deadline or Close; it is called with mu held

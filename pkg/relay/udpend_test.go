@@ -305,3 +305,34 @@ func TestUDPOptionsWrong(t *testing.T) {
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 }
+
+// An event of what was read long ago is no word of the peer, and does not end
+// what waits for one.
+func TestWhenEnded(t *testing.T) {
+	r := newUDPRig(t, UDPOptions{})
+	far := r.controls()
+	var o Outlet
+	if err := r.open(t.Context(), &o); err != nil {
+		t.Fatal(err)
+	}
+	defer o.Control.Close()
+	c, late := o.Control, <-far
+	mustWrite(t, late, "reply")
+	mustRead(t, c, "reply")
+	ended := make(chan bool, 10)
+	c.whenEnded(func() { ended <- true })
+	for range 3 {
+		c.event(c.l, unix.EPOLLIN)
+		c.event(c.l, unix.EPOLLIN|unix.EPOLLOUT)
+	}
+	none(t, ended)
+	late.Close()
+	want(t, ended, true)
+	c.event(c.l, unix.EPOLLIN)
+	c.whenEnded(func() { ended <- true }) // at once
+	want(t, ended, true)
+	o.Control.Close()
+	c.whenEnded(func() { ended <- true })
+	want(t, ended, true)
+	none(t, ended)
+}
