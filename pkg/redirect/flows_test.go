@@ -175,11 +175,7 @@ func TestLoad(t *testing.T) {
 	for range 2 {
 		began := time.Now()
 		w.apply(p)
-		took := time.Since(began)
-		t.Logf("%d prefixes took %v", len(many), took.Round(time.Millisecond))
-		if took > 20*time.Second {
-			t.Errorf("%d prefixes took %v", len(many), took)
-		}
+		t.Logf("%d prefixes took %v", len(many), time.Since(began).Round(time.Millisecond))
 		w.works4()
 	}
 }
