@@ -124,10 +124,10 @@ func TestBurst(t *testing.T) {
 								t.Fatalf("%s, %s, header %q: %d. of %d is %d bytes, want %d", name, allowed, head, i, n, len(got), len(head)+len(data[i]))
 							}
 						}
-						far.nothing()
 					}
 				}
 			}
+			far.nothing()
 		}
 	}
 }
