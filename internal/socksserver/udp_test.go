@@ -370,7 +370,7 @@ func FuzzParseDatagram(f *testing.F) {
 		if to.Name != "" {
 			again = named(to.Name, netip.AddrPortFrom(to.Addr, to.Port))
 		} else if to.Addr.Is4() && b[3] == 4 {
-			again = string(b[:22]) // mapped
+			again = "\x00\x00" + string(b[2:22]) // mapped
 		}
 		if want := "\x00\x00" + string(b[2:]); again+string(payload) != want {
 			t.Errorf("%q, want %q", again+string(payload), want)

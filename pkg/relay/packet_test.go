@@ -42,7 +42,8 @@ func TestPacket(t *testing.T) {
 		if p.v6 != far.addr.Addr().Is6() || p.mtu() < 1500 || p.LocalAddrPort().Port() != at.Port() {
 			t.Errorf("%s: connected, IPv6 %v, MTU %d, bound to %s", c.local, p.v6, p.mtu(), p.LocalAddrPort())
 		}
-		if p.Close() != nil || p.Close() != nil || p.LocalAddrPort().IsValid() || p.mtu() != 0 {
+		first, second := p.Close(), p.Close()
+		if first != nil || second != nil || p.LocalAddrPort().IsValid() || p.mtu() != 0 {
 			t.Errorf("%s: not closed", c.local)
 		}
 		if err := p.Connect(far.addr); !errors.Is(err, unix.EBADF) {
