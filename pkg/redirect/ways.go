@@ -96,6 +96,13 @@ func (t *table) ways(p *Plan) {
 	post := t.base("postrouting", nftables.ChainTypeFilter, nftables.ChainHookPostrouting)
 	post.add(mark(m, m.Lan()), oifNot("lo"), count(countGuard), drop())
 	post.add(mark(m, m.Local()), oifNot("lo"), count(countGuard), drop())
+	// An answer leaves from the address that was asked, and only to where questions
+	// come from: if that interface is gone, routing would send it elsewhere.
+	elsewhere := []statement{mark(m, m.Own()), notFromUs(), oifNot("lo")}
+	for _, i := range p.Interfaces {
+		elsewhere = append(elsewhere, oifNot(i))
+	}
+	post.add(append(elsewhere, count(countGuard), drop())...)
 	post.add(mark(m, m.Own()), ctNew(), notFromUs(), setCtMark(m, m.Own()))
 }
 
