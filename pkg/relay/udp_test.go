@@ -142,6 +142,11 @@ func TestUDPNames(t *testing.T) {
 	}
 	r.server.answer(first, nameHeader("a.example", 8080), "nobody asked this port")
 	r.dropped(DropStranger, 1)
+	if o := ask("203.0.113.1:9000", "203.0.113.1:9000"); o != first {
+		t.Error("an address has another outlet than a name")
+	}
+	r.server.answer(second, header(netip.MustParseAddrPort("203.0.113.1:9000")), "it was asked by the other outlet")
+	r.dropped(DropStranger, 2)
 }
 
 // Who was not asked may answer if the client could have asked it by the same
@@ -290,6 +295,26 @@ func TestUDPQueue(t *testing.T) {
 	}
 	r.opensBy(nil)
 	r.exchange(client1, web)
+}
+
+// Opening ends when nobody wants the outlet any longer, and when it is open.
+func TestUDPOpeningEnds(t *testing.T) {
+	r := newUDPRig(t, UDPOptions{MaxFlows: 1})
+	over := make(chan bool)
+	r.opensBy(func(ctx context.Context, _ *Outlet) error {
+		<-ctx.Done()
+		over <- true
+		return ctx.Err()
+	})
+	r.send(client1, web, "one")
+	<-r.opens
+	r.opensBy(func(ctx context.Context, _ *Outlet) error {
+		context.AfterFunc(ctx, func() { over <- false })
+		return nil
+	})
+	r.carries(client1, game, "two") // evicts
+	want(t, over, true)
+	want(t, over, false)
 }
 
 // An outlet that nobody wants any longer when it is open is closed again.

@@ -132,6 +132,22 @@ func TestUDPMaxSessions(t *testing.T) {
 	}
 }
 
+// Of an outlet that is closed by one event of a turn another one may follow.
+func TestUDPClosedInTurn(t *testing.T) {
+	r := newUDPRig(t, UDPOptions{MaxFlows: 1})
+	for range 10 {
+		o := r.exchange(client1, web)
+		hold := make(chan struct{})
+		r.shards[0].post(func() { <-hold })
+		r.send(client2, web, "makes the other end")
+		r.server.answer(o, header(netip.MustParseAddrPort(web)), "late")
+		close(hold)
+		r.server.expect(web, "makes the other end")
+		r.check()
+	}
+	none(t, r.src.replies)
+}
+
 // What is not carried any longer since its flow had to make room within one
 // batch is counted.
 func TestUDPEvictedInBatch(t *testing.T) {

@@ -352,6 +352,38 @@ func TestUDPBursts(t *testing.T) {
 	})
 }
 
+// What is more than one turn of the loop takes is served in the next one.
+func TestUDPManyWait(t *testing.T) {
+	families(t, func(t *testing.T, at, dst string) {
+		const many = (turnBatches + 1) * burstSize
+		var s flowSockets
+		r := newUDPRig(t, UDPOptions{FlowSocket: s.open})
+		c := r.client(at)
+		o := c.warm(dst)
+		done := make(chan struct{})
+		r.src.hook(func() {
+			for i := range many {
+				r.server.answer(o, header(netip.MustParseAddrPort(dst)), fmt.Sprint(i))
+				c.WriteToUDPAddrPort([]byte(fmt.Sprint(i)), netip.MustParseAddrPort(dst))
+			}
+			close(done)
+		})
+		r.send("[2001:db8::1]:1", "[2001:db8::2]:2", "wakes the loop")
+		<-done
+		texts := map[string]bool{}
+		for range many + 1 {
+			_, _, text := r.server.next()
+			texts[text] = true
+		}
+		for i := range many {
+			c.hears(dst, fmt.Sprint(i))
+			if !texts[fmt.Sprint(i)] {
+				t.Errorf("%d did not come to the server", i)
+			}
+		}
+	})
+}
+
 // sendSegments sends datagrams with as few calls as their lengths let it.
 func sendSegments(t *testing.T, c *net.UDPConn, to netip.AddrPort, texts []string) {
 	t.Helper()
