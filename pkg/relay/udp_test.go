@@ -300,21 +300,21 @@ func TestUDPQueue(t *testing.T) {
 // Opening ends when nobody wants the outlet any longer, and when it is open.
 func TestUDPOpeningEnds(t *testing.T) {
 	r := newUDPRig(t, UDPOptions{MaxFlows: 1})
-	over := make(chan bool)
+	left, open := make(chan bool, 1), make(chan bool, 1)
 	r.opensBy(func(ctx context.Context, _ *Outlet) error {
 		<-ctx.Done()
-		over <- true
+		left <- true
 		return ctx.Err()
 	})
 	r.send(client1, web, "one")
 	<-r.opens
 	r.opensBy(func(ctx context.Context, _ *Outlet) error {
-		context.AfterFunc(ctx, func() { over <- false })
+		context.AfterFunc(ctx, func() { open <- true })
 		return nil
 	})
 	r.carries(client1, game, "two") // evicts
-	want(t, over, true)
-	want(t, over, false)
+	want(t, left, true)
+	want(t, open, true)
 }
 
 // An outlet that nobody wants any longer when it is open is closed again.
