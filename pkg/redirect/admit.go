@@ -222,7 +222,7 @@ func (r *Redirect) Admitted() ([]Admission, error) {
 	longest := map[admission]time.Duration{}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
-			for _, kind := range []string{admittedSet, liveSet} {
+			for _, kind := range []string{admittedSet, r.live} {
 				err := r.nf.elements(dynamicSet(kind, f, q).name, func(e element) {
 					if a, ok := parseKey(f, q, e.key); ok {
 						longest[a] = max(longest[a], e.left)

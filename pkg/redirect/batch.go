@@ -37,6 +37,23 @@ func (h present) generation() (string, error) {
 	return "", errors.New("redirect: the table has three generations of sets")
 }
 
+// live returns which of liveSets is in use, the first if none is.
+func (h present) live() string {
+	second := func(s string) bool { return strings.HasPrefix(s, liveSets[1]) }
+	if slices.ContainsFunc(h.sets, second) {
+		return liveSets[1]
+	}
+	return liveSets[0]
+}
+
+// nextLive returns the other one of liveSets.
+func nextLive(live string) string {
+	if live == liveSets[0] {
+		return liveSets[1]
+	}
+	return liveSets[0]
+}
+
 // stale returns the names that are not among those wanted.
 func stale(have []string, want func(string) bool) []string {
 	return slices.DeleteFunc(slices.Clone(have), want)
@@ -51,6 +68,9 @@ func (t *table) setMessages() ([]netlink.Message, error) {
 	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
 	return record(func(c *nftables.Conn) error {
 		for i, s := range t.sets {
+			if s.dynamic {
+				continue // with the rules
+			}
 			ns := s.lib(nt, uint32(i+1))
 			if err := c.AddSet(ns, nil); err != nil {
 				return err
@@ -80,7 +100,7 @@ func (t *table) unset(names []string) ([]netlink.Message, error) {
 }
 
 // dynamic is what becomes of the dynamic sets: first they are emptied, or not,
-// then elements are added.
+// then elements are added. The live ones are empty if they have the other name.
 type dynamic struct {
 	flush    bool
 	elements []setElements
@@ -91,13 +111,21 @@ type dynamic struct {
 // neither is.
 func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error) {
 	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
-	anonymous := uint32(0)
+	anonymous := uint32(len(t.sets)) // the sets of setMessages can be in the same transaction
 	return record(func(c *nftables.Conn) error {
 		if len(there.chains) > 0 {
 			c.FlushTable(nt)
 		}
 		for _, n := range counterNames() {
 			c.AddObj(&nftables.NamedObj{Table: nt, Name: n, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
+		}
+		// In this transaction, so that of two live sets only one is ever there.
+		for i, s := range t.sets {
+			if s.dynamic {
+				if err := c.AddSet(s.lib(nt, uint32(i+1)), nil); err != nil {
+					return err
+				}
+			}
 		}
 		chains := make([]*nftables.Chain, len(t.chains))
 		accept := nftables.ChainPolicyAccept
@@ -138,7 +166,7 @@ func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error
 		}
 		if d.flush {
 			for _, s := range t.sets {
-				if s.timeout {
+				if s.timeout && !s.dynamic {
 					c.FlushSet(s.lib(nt, 1))
 				}
 			}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -50,6 +51,53 @@ add rule inet seen later ip6 daddr 2001:db8:b::5 tcp flags & psh != 0 counter na
 		t.Errorf("of flows that may not pass there came still: %s", out)
 	}
 	w.expect(w.client, asked{"tcp 203.0.113.5:80", "server 203.0.113.5:80"}, asked{"tcp 198.51.100.5:80", "proxy 198.51.100.5:80 lan"})
+}
+
+// What a plan does not readmit is not let in again by a packet that was under way
+// while the plan came into force.
+func TestReadmitUnderLoad(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := w.start(worldPlan())
+	ctx, stop := context.WithCancel(t.Context())
+	var senders sync.WaitGroup
+	defer func() { stop(); senders.Wait() }()
+	for range 2 {
+		senders.Go(func() {
+			var c net.Conn
+			var err error
+			w.client.do(func() { c, err = net.Dial("udp", join(byName4, "7000")) })
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			for ctx.Err() == nil {
+				c.Write([]byte("x")) // what is refused is an error of the next one
+			}
+		})
+	}
+	admitted := func() int {
+		list, err := w.r.Admitted()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	p.Readmit = []Admission{}
+	for i := range 30 {
+		if err := w.r.Admit([]Admission{{Addr: mustAddr(byName4), Timeout: time.Minute}}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Millisecond) // some packets
+		if admitted() != 1 {
+			t.Fatal("it was not admitted")
+		}
+		w.apply(p)
+		if n := admitted(); n != 0 {
+			t.Fatalf("reload %d: %d addresses are still let pass", i+1, n)
+		}
+	}
 }
 
 // Packets of sockets with the Own mark are never diverted, port 53 included.

@@ -41,7 +41,8 @@ type Redirect struct {
 	lock     net.Listener // instead of owning, where the kernel knows no owners
 	plan     *Plan        // what is in force; nil: nothing of ours
 	admitted admissions
-	alive    Marks // of the table of that name; zero: there is none
+	live     string // which of liveSets is in use
+	alive    Marks  // of the table of that name; zero: there is none
 	healed   Healed
 	made     bool // there was no table before Open
 	closed   bool
@@ -217,7 +218,11 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 	if err != nil {
 		return err
 	}
-	t, err := newTable(p, gen, alive)
+	live := there.live()
+	if d.flush {
+		live = nextLive(live)
+	}
+	t, err := newTable(p, gen, live, alive)
 	if err != nil {
 		return err
 	}
@@ -242,8 +247,10 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 	}
 	if err != nil {
 		r.dropUnused(t, there) // if that fails too, the next plan takes them away
+		return err
 	}
-	return err
+	r.live = t.live
+	return nil
 }
 
 // dropUnused removes the sets of a table whose rules could not be put in force.
@@ -278,7 +285,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 		}
 		return err
 	}
-	t, err := newTable(p, "a", alive)
+	t, err := newTable(p, "a", liveSets[0], alive)
 	if err != nil {
 		return err
 	}
@@ -297,6 +304,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 	if err != nil {
 		return err
 	}
+	r.live = t.live
 	return r.verify(t)
 }
 

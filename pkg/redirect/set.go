@@ -135,17 +135,20 @@ func serverSet(name string, f family, servers []netip.AddrPort) *set {
 	return s
 }
 
-// The dynamic sets: what Admit let in, and what of it is in use.
+// The dynamic sets: what Admit let in, and what of it is in use. The latter has
+// two names, which take turns when a plan empties it: a packet that is still on
+// its way through the rules before adds its address to the set before.
 const (
 	admittedSet = "dyn"
-	liveSet     = "live"
 	dynamicSize = 1 << 17 // elements of each
 )
+
+var liveSets = [2]string{"live", "liveb"}
 
 // dynamicSet is the set of one kind, family and part.
 func dynamicSet(kind string, f family, p part) *set {
 	types := []nftables.SetDatatype{addrType(f), nftables.TypeInetProto, nftables.TypeInetService}[:p+1]
-	s := &set{name: kind + f.digit() + p.suffix(), key: types[0], timeout: true, dynamic: kind == liveSet, size: dynamicSize}
+	s := &set{name: kind + f.digit() + p.suffix(), key: types[0], timeout: true, dynamic: kind != admittedSet, size: dynamicSize}
 	if p != partAddr {
 		s.key = concat(types...)
 	}

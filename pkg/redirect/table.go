@@ -46,17 +46,18 @@ type table struct {
 	sets   []*set
 	chains []*chain
 	gen    string // ends the names of the sets that each plan has of its own
+	live   string // which of liveSets is in use
 	alive  bool   // output asks for the mark of this name
 }
 
 // newTable makes the table of a checked plan. Gen tells the sets of one plan
-// from those of the plan before, so that both can be there for a moment. Alive
-// says that there is the table of that name.
-func newTable(p *Plan, gen string, alive bool) (*table, error) {
-	t := &table{gen: "_" + gen, alive: alive}
+// from those of the plan before, so that both can be there for a moment; live is
+// one of liveSets. Alive says that there is the table of that name.
+func newTable(p *Plan, gen, live string, alive bool) (*table, error) {
+	t := &table{gen: "_" + gen, live: live, alive: alive}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
-			t.sets = append(t.sets, dynamicSet(admittedSet, f, q), dynamicSet(liveSet, f, q))
+			t.sets = append(t.sets, dynamicSet(admittedSet, f, q))
 		}
 	}
 	t.ends(p)
@@ -66,6 +67,11 @@ func newTable(p *Plan, gen string, alive bool) (*table, error) {
 		return nil, err
 	}
 	t.ways(p)
+	for _, f := range []family{ip4, ip6} {
+		for q := partAddr; q <= partPort; q++ {
+			t.sets = append(t.sets, dynamicSet(live, f, q)) // the last to be made, see ruleMessages
+		}
+	}
 	return t, nil
 }
 
@@ -133,7 +139,7 @@ func (t *table) implicit(p *Plan) {
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
 			c := t.chain("keep" + f.digit() + q.suffix())
-			c.add(keep(f, q, dynamicSet(liveSet, f, q), liveTime)) // if the set is full, the next rule is run all the same
+			c.add(keep(f, q, dynamicSet(t.live, f, q), liveTime)) // if the set is full, the next rule is run all the same
 			c.add(going("direct"))
 		}
 	}
@@ -158,7 +164,7 @@ func (t *table) implicit(p *Plan) {
 	}
 	c = t.chain("admitted")
 	for _, f := range []family{ip4, ip6} {
-		for _, kind := range []string{admittedSet, liveSet} {
+		for _, kind := range []string{admittedSet, t.live} {
 			for q := partAddr; q <= partPort; q++ {
 				c.add(partIn(f, q, dynamicSet(kind, f, q)), going("keep"+f.digit()+q.suffix()))
 			}

@@ -12,7 +12,7 @@ func Text(p Plan) (string, error) {
 	if err := p.check(); err != nil {
 		return "", err
 	}
-	t, err := newTable(&p, "a", p.wantsAlive())
+	t, err := newTable(&p, "a", liveSets[0], p.wantsAlive())
 	if err != nil {
 		return "", err
 	}
