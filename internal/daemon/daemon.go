@@ -206,6 +206,7 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	if d.metrics != nil {
 		task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })
 	}
+	task("memory", d.giveBack)
 	task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })
 
 	if s.Ready != nil {

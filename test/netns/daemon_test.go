@@ -64,7 +64,6 @@ type settings struct {
 	state       string   // empty: a directory of the host
 	metrics     string   // address; empty: only on the control socket
 	args        []string // of serve, after the usual ones
-	env         []string // of serve
 }
 
 // daemon is tproxyd on a host, running or not.
@@ -161,7 +160,7 @@ func (d *daemon) start(t testing.TB) {
 // launch starts `serve` and waits for nothing.
 func (d *daemon) launch(t testing.TB, env ...string) {
 	t.Helper()
-	d.process = d.host.start(t, command{args: append([]string{d.bin, "serve", "-c", d.config}, d.set.args...), env: append(env, d.set.env...)})
+	d.process = d.host.start(t, command{args: append([]string{d.bin, "serve", "-c", d.config}, d.set.args...), env: env})
 }
 
 // stop ends the daemon as systemd does and fails the test unless it exits

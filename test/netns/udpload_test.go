@@ -142,11 +142,7 @@ func (w *world) load(t *testing.T, short, long int, alive func() int) {
 	rules := func(idle string) string {
 		return fmt.Sprintf("SERVER one 198.51.100.11\nTIMEOUT udp=%s\nSOCKD5 @=one *\n", idle)
 	}
-	d := serve(t, w.gateway, settings{
-		routes: rules("5m"),
-		// Go gives memory back after minutes, or near a limit at once.
-		env: []string{"GOMEMLIMIT=16MiB"},
-	})
+	d := serve(t, w.gateway, settings{routes: rules("5m")})
 	d.metric(t, "tproxyd_udp_sessions") // it has come as far as to answer
 	fds := d.descriptors(t)
 	// What is done for the first time costs memory once: code and tables.
