@@ -126,9 +126,9 @@ func (a *acceptor) batch(lfd uintptr) (done bool) {
 func (a *acceptor) take(fd int, remote netip.AddrPort) {
 	e := a.e
 	if e.spare.missing.Load() && !e.spare.restore() || fd >= maxFD || !e.admit(true) {
+		e.refused.Add(1) // before the client can know
 		rawReset(fd)
 		e.spare.restore()
-		e.refused.Add(1)
 		return
 	}
 	c := e.newConn(fd, true)
@@ -149,8 +149,8 @@ func (e *Engine) turnAway(lfd int) bool {
 	ok := e.spare.lend(func() bool {
 		fd, _, errno := rawAccept(lfd)
 		if errno == 0 {
-			rawReset(fd)
 			e.refused.Add(1)
+			rawReset(fd)
 		}
 		return errno == 0 || errno == unix.EAGAIN
 	})
