@@ -1,5 +1,7 @@
-// Package socks is the client side of SOCKS5 (RFC 1928, RFC 1929) on a given
-// connection, and the header that its datagrams have.
+// Package socks is the client side of SOCKS5 (RFC 1928, RFC 1929), SOCKS4, SOCKS4A
+// and HTTP CONNECT (RFC 9110 section 9.3.6) on a given connection, and the header
+// that datagrams have. As each is a function on a net.Conn, a chain of servers is
+// one after the other on the same connection.
 //
 // It promises to write each message with one write, since some servers take
 // one read for one message; to read a reply exactly, so that the first byte of
@@ -53,7 +55,9 @@ func (r Reply) Error() string {
 var (
 	ErrNoAcceptableMethod = errors.New("socks: the server accepts none of the offered authentication methods")
 	ErrAuth               = errors.New("socks: the server refuses the user name or password")
-	ErrTooLong            = errors.New("socks: a name, user name or password is longer than 255 bytes or empty")
+	ErrTooLong            = errors.New("socks: a name, user name or password is longer than 255 bytes or empty, or has a byte that the protocol cannot carry")
+	ErrNoIPv6             = errors.New("socks: SOCKS4 cannot carry IPv6")
+	ErrVersion            = errors.New("socks: the server speaks another version") // of a *ProtocolError, by errors.Is
 )
 
 // ErrNoReply says that the server closed where its reply to the request should
@@ -65,11 +69,17 @@ type noReply struct{}
 func (noReply) Error() string { return "socks: the server closes in place of a reply" }
 func (noReply) Unwrap() error { return io.ErrUnexpectedEOF }
 
-// ProtocolError says that the server's bytes are no SOCKS5.
-type ProtocolError struct{ What string }
+// ProtocolError says that the server's bytes are not of the protocol.
+type ProtocolError struct {
+	What    string
+	Version bool // they are of another version, or none: ErrVersion
+}
 
 // Error returns what was wrong.
 func (e *ProtocolError) Error() string { return "socks: " + e.What }
+
+// Is tells errors.Is of ErrVersion.
+func (e *ProtocolError) Is(target error) bool { return target == ErrVersion && e.Version }
 
 // Auth is a user name and a password (RFC 1929), each 1 to 255 bytes. Neither
 // fmt, nor JSON, nor log/slog shows it.
@@ -91,6 +101,7 @@ const (
 	methodUserPass   = 2
 	methodNoneFits   = 0xff
 	commandConnect   = 1
+	commandBind      = 2
 	commandAssociate = 3
 	addrIPv4         = 1
 	addrDomain       = 3

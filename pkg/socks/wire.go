@@ -53,11 +53,11 @@ func readMethod(r io.Reader, offered byte, buf *scratch) error {
 	}
 	switch {
 	case b[0] != version5:
-		return &ProtocolError{fmt.Sprintf("the server answers with version %d", b[0])}
+		return &ProtocolError{fmt.Sprintf("the server answers with version %d", b[0]), true}
 	case b[1] == methodNoneFits:
 		return ErrNoAcceptableMethod
 	case b[1] != offered:
-		return &ProtocolError{fmt.Sprintf("the server picks method %d, which was not offered", b[1])}
+		return &ProtocolError{What: fmt.Sprintf("the server picks method %d, which was not offered", b[1])}
 	}
 	return nil
 }
@@ -71,7 +71,7 @@ func readStatus(r io.Reader, buf *scratch) error {
 	}
 	switch {
 	case b[0] != versionAuth && b[0] != version5:
-		return &ProtocolError{fmt.Sprintf("authentication is answered with version %d", b[0])}
+		return &ProtocolError{What: fmt.Sprintf("authentication is answered with version %d", b[0])}
 	case b[1] != 0:
 		return ErrAuth
 	}
@@ -88,15 +88,12 @@ func readReply(r io.Reader, buf *scratch, last bool) (bound netip.AddrPort, err 
 		b = buf[:]
 	}
 	if n, err := io.ReadAtLeast(r, b, head); err != nil {
-		if n == 0 && errors.Is(err, io.EOF) {
-			return bound, ErrNoReply
-		}
-		return bound, unexpected(err)
+		return bound, endOf(err, n)
 	} else {
 		head = n
 	}
 	if b[0] != version5 {
-		return bound, &ProtocolError{fmt.Sprintf("the reply has version %d", b[0])}
+		return bound, &ProtocolError{What: fmt.Sprintf("the reply has version %d", b[0])}
 	}
 	size := 0
 	switch b[3] {
@@ -110,7 +107,7 @@ func readReply(r io.Reader, buf *scratch, last bool) (bound netip.AddrPort, err 
 		if b[1] != 0 {
 			return bound, Reply(b[1]) // of no use to read on; the reply is clear
 		}
-		return bound, &ProtocolError{fmt.Sprintf("the reply has address type %d", b[3])}
+		return bound, &ProtocolError{What: fmt.Sprintf("the reply has address type %d", b[3])}
 	}
 	if err := readFull(r, buf[min(head, size):size]); err != nil {
 		return bound, err
@@ -129,6 +126,14 @@ func readReply(r io.Reader, buf *scratch, last bool) (bound netip.AddrPort, err 
 // readFull is io.ReadFull for which an end is always unexpected.
 func readFull(r io.Reader, b []byte) error {
 	_, err := io.ReadFull(r, b)
+	return unexpected(err)
+}
+
+// endOf is unexpected for a reply of which n bytes have come.
+func endOf(err error, n int) error {
+	if n == 0 && errors.Is(err, io.EOF) {
+		return ErrNoReply
+	}
 	return unexpected(err)
 }
 
