@@ -101,11 +101,11 @@ func (d *Daemon) open() (err error) {
 			return err
 		}
 	}
-	d.servers = upstream.New(d.upstreamOptions(d.setup))
 	plan, err := d.setup.plan()
 	if err != nil {
 		return err
 	}
+	d.servers = upstream.New(d.upstreamOptions(d.setup), plan.Servers())
 	// The server of names is asked what becomes of a name only once it serves,
 	// and the gateway is there by then.
 	if d.names, err = fakedns.New(fakedns.Options{
@@ -262,6 +262,9 @@ func (d *Daemon) release(keep bool) {
 	}
 	if d.dns != nil {
 		d.dns.Close()
+	}
+	if d.servers != nil {
+		d.servers.Close()
 	}
 	if d.engine != nil {
 		d.engine.Close()

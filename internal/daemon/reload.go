@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/tproxyd/tproxyd/internal/control"
+	"github.com/tproxyd/tproxyd/internal/gateway"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 )
 
@@ -60,9 +61,9 @@ func (d *Daemon) reload() error {
 	}
 	old := d.gateway.Plan()
 	d.setup.forgetDecided()
-	d.follow(next, func() { d.gateway.Swap(plan) })
+	d.follow(next, plan)
 	if err := d.kernel.Apply(kernel); err != nil {
-		d.follow(d.setup, func() { d.gateway.Swap(old) })
+		d.follow(d.setup, old)
 		d.noteDecided(d.setup)
 		return err
 	}
@@ -71,10 +72,10 @@ func (d *Daemon) reload() error {
 	return nil
 }
 
-// follow makes user space do what s says.
-func (d *Daemon) follow(s *Setup, swap func()) {
-	d.servers.Configure(d.upstreamOptions(s))
-	swap()
+// follow makes user space do what s says, of which plan is made.
+func (d *Daemon) follow(s *Setup, plan *gateway.Plan) {
+	d.servers.Configure(d.upstreamOptions(s), plan.Servers())
+	d.gateway.Swap(plan)
 	d.packets.SetLimits(s.udpLimits())
 	d.packets.Invalidate()
 	d.names.SetResolvers(s.resolvers())

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -116,13 +117,15 @@ func (d *Daemon) admitName(name string, a fakedns.Asker, addrs []netip.Addr, ttl
 func (d *Daemon) upstreamOptions(s *Setup) upstream.Options {
 	limits, health := s.Table.Limits(), s.Table.Health()
 	return upstream.Options{
-		Dial:             d.dial,
+		Dial:             d.dialServer,
 		Packet:           d.packet,
 		Resolve:          func(ctx context.Context, host string) ([]netip.Addr, error) { return d.names.Resolve(ctx, host) },
 		ConnectTimeout:   limits.Connect,
 		HandshakeTimeout: limits.Handshake,
 		MaxFail:          health.MaxFail,
 		BadExpire:        health.BadExpire,
+		Interval:         health.Interval,
+		Probe:            health.Probe,
 		Log:              d.log.With("part", "upstream"),
 	}
 }
@@ -130,16 +133,35 @@ func (d *Daemon) upstreamOptions(s *Setup) upstream.Options {
 // dial connects to a SOCKS server or to a DIRECT destination: from this host,
 // marked as our own, by sockets that the relay can splice.
 func (d *Daemon) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-	c, err := d.engine.Dial(ctx, relay.DialOptions{Control: d.mark.MarkOwn}, to)
+	return d.dialServer(ctx, upstream.Local{}, to)
+}
+
+// dialServer is dial from an address or an interface of this host.
+func (d *Daemon) dialServer(ctx context.Context, from upstream.Local, to netip.AddrPort) (net.Conn, error) {
+	c, err := d.engine.Dial(ctx, relay.DialOptions{Control: d.control(from), Local: from.Addr}, to)
 	if err != nil {
 		return nil, err // not a nil *relay.Conn in an interface
 	}
 	return c, nil
 }
 
+// control marks a socket as our own, and ties it to the interface that it
+// leaves by, if that is stated.
+func (d *Daemon) control(from upstream.Local) func(fd int) error {
+	if from.If == "" {
+		return d.mark.MarkOwn
+	}
+	return func(fd int) error {
+		if err := d.mark.MarkOwn(fd); err != nil {
+			return err
+		}
+		return os.NewSyscallError("setsockopt SO_BINDTODEVICE "+from.If, unix.BindToDevice(fd, from.If))
+	}
+}
+
 // packet makes a socket for the datagrams of an association.
-func (d *Daemon) packet(local netip.Addr) (upstream.PacketSocket, error) {
-	p, err := relay.NewPacket(local, d.mark.MarkOwn)
+func (d *Daemon) packet(from upstream.Local) (upstream.PacketSocket, error) {
+	p, err := relay.NewPacket(from.Addr, d.control(from))
 	if err != nil {
 		return nil, err // not a nil *relay.Packet in an interface
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/fakedns"
@@ -23,7 +24,7 @@ const (
 // dnsOutlet carries DNS questions through servers without UDP: each as DNS over
 // TCP (RFC 7766) to the resolver that its header names. What it reads and
 // writes has the headers of an association, so the relay sees no difference.
-func (g *Gateway) dnsOutlet(servers []*upstream.Server, balance bool) (relay.Outlet, error) {
+func (g *Gateway) dnsOutlet(group *upstream.Group, client netip.Addr) (relay.Outlet, error) {
 	socket, f, err := relay.PacketPair()
 	if err != nil {
 		return relay.Outlet{}, err
@@ -48,7 +49,7 @@ func (g *Gateway) dnsOutlet(servers []*upstream.Server, balance bool) (relay.Out
 			}
 			go func() {
 				defer func() { <-slots }()
-				answer, err := g.askOverTCP(ctx, servers, balance, b[:n])
+				answer, err := g.askOverTCP(ctx, group, client, b[:n])
 				if err != nil {
 					fail(f, b[:n])
 					return
@@ -72,7 +73,7 @@ func fail(to io.Writer, d []byte) {
 
 // askOverTCP carries one question, behind its header, and returns the answer
 // behind the same header.
-func (g *Gateway) askOverTCP(ctx context.Context, servers []*upstream.Server, balance bool, d []byte) ([]byte, error) {
+func (g *Gateway) askOverTCP(ctx context.Context, group *upstream.Group, client netip.Addr, d []byte) ([]byte, error) {
 	addr, name, n, err := socks.ParseUDPHeader(d)
 	if err != nil {
 		return nil, err
@@ -83,7 +84,8 @@ func (g *Gateway) askOverTCP(ctx context.Context, servers []*upstream.Server, ba
 	}
 	ctx, cancel := context.WithTimeout(ctx, dnsLimit)
 	defer cancel()
-	conn, _, err := g.o.Upstream.Connect(ctx, servers, balance, flow.Target{Name: string(name), Addr: addr.Addr(), Port: addr.Port()})
+	to := flow.Target{Name: string(name), Addr: addr.Addr(), Port: addr.Port()}
+	conn, err := g.dialThrough(ctx, group, upstream.Request{To: to, Src: client})
 	if err != nil {
 		return nil, err
 	}

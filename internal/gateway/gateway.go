@@ -39,16 +39,16 @@ type Names interface {
 	Unpin(netip.Addr)
 }
 
-// Connector carries a target through the first server of a list that can.
+// Connector carries a target through the first server of a group that can.
 type Connector interface {
-	Connect(ctx context.Context, servers []*upstream.Server, balance bool, t flow.Target) (net.Conn, *upstream.Server, error)
-	Associate(ctx context.Context, servers []*upstream.Server, balance bool, first *upstream.Server) (*upstream.Association, error)
+	Connect(ctx context.Context, g *upstream.Group, r upstream.Request) (*upstream.Carried, error)
+	Associate(ctx context.Context, g *upstream.Group, r upstream.Request, first *upstream.Server) (*upstream.Association, error)
 }
 
 // Options is what a Gateway is made of. All fields but Log are needed.
 type Options struct {
 	Names     Names
-	Upstream  Connector // its connections must be the Engine's
+	Upstream  Connector // its connections must be the Engine's, or TLS over them
 	Engine    *relay.Engine
 	Dial      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) // DIRECT, from this host, by the Engine
 	DialUDP   func(to netip.AddrPort) (*relay.Packet, error)                 // DIRECT, from this host
@@ -81,7 +81,9 @@ type live struct {
 	via    *upstream.Server // nil: DIRECT
 	at     netip.AddrPort   // of a name that is DIRECT: where it was dialled
 	start  time.Time
-	stream *relay.Stream // nil while connecting, guarded by Gateway.mu
+	stream *relay.Stream     // nil while connecting and under TLS, guarded by Gateway.mu
+	up     *upstream.Carried // nil: DIRECT
+	early  []byte            // what the client has said before there was a server
 	g      *Gateway
 	pinned bool
 }
@@ -170,8 +172,33 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 		defer cancel()
 		return g.direct(ctx, l)
 	}
-	conn, l.via, err = g.o.Upstream.Connect(ctx, p.servers[l.rule.Index], l.rule.Balance == routes.Random, f.Target())
-	return conn, err
+	l.up, err = g.o.Upstream.Connect(ctx, p.groups[l.rule.Index], upstream.Request{To: f.Target(), Src: f.Src.Addr(), Early: l.listen(c)})
+	if err != nil {
+		return nil, err
+	}
+	l.via = l.up.Server
+	return l.up.Conn, nil
+}
+
+// earlySize is how much of what a client says may be sent ahead of the server's
+// reply.
+const earlySize = 16 << 10
+
+// listen returns what reads the client's first bytes, see upstream.Request.
+func (l *live) listen(c *relay.Conn) func(time.Duration) []byte {
+	return func(wait time.Duration) []byte {
+		if l.early != nil || wait == 0 && c.Quiet() {
+			return l.early
+		}
+		b := make([]byte, earlySize)
+		c.SetReadDeadline(time.Now().Add(max(wait, time.Millisecond)))
+		n, _ := c.Read(b) // an end or an error comes again when the flow is joined
+		c.SetReadDeadline(time.Time{})
+		if n > 0 {
+			l.early = b[:n]
+		}
+		return l.early
+	}
 }
 
 // name gives a flow to a synthetic address its name, which stays the address's
@@ -260,11 +287,24 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 		HalfClosed: orDefault(limits.HalfClosed, defaultHalfClosed),
 		Done:       l.done,
 	}
+	sent := 0
+	if l.up != nil {
+		sent = l.up.Sent
+	}
+	o.EarlyUp = l.early[sent:]
 	g.count.started(l.rule.Action)
 	g.mu.Lock()
 	g.live[l] = struct{}{}
 	g.mu.Unlock()
-	stream := g.o.Engine.Join(client, server.(*relay.Conn), o)
+	raw, ok := server.(*relay.Conn)
+	if !ok {
+		// Under TLS the bytes pass through this process. The flow ends with the
+		// engine, which closes the client's connection.
+		r := relay.Copy(context.Background(), client, server, relay.CopyOptions{Idle: o.Idle, HalfClosed: o.HalfClosed, EarlyUp: o.EarlyUp})
+		l.done(r)
+		return
+	}
+	stream := g.o.Engine.Join(client, raw, o)
 	g.mu.Lock()
 	l.stream = stream
 	g.mu.Unlock()
@@ -288,6 +328,10 @@ func (l *live) done(r relay.Result) {
 	g.mu.Unlock()
 	if l.pinned {
 		g.o.Names.Unpin(l.flow.Dst.Addr())
+	}
+	if l.up != nil {
+		l.up.Done()
+		r.Up += uint64(l.up.Sent)
 	}
 	g.count.ended(r.Up, r.Down)
 	g.report(l, r.Up, r.Down, r.Err)

@@ -98,9 +98,12 @@ func newLab(t testing.TB, level slog.Level, fault socksserver.Fault, rules ...st
 	l.echo = startEcho(t)
 	l.at = l.echo.String()
 	pool := upstream.New(upstream.Options{
-		Dial:   l.dialEngine,
-		Packet: func(local netip.Addr) (upstream.PacketSocket, error) { return relay.NewPacket(local, nil) },
-	})
+		Dial: func(ctx context.Context, _ upstream.Local, to netip.AddrPort) (net.Conn, error) {
+			return l.dialEngine(ctx, to)
+		},
+		Packet: func(from upstream.Local) (upstream.PacketSocket, error) { return relay.NewPacket(from.Addr, nil) },
+	}, nil)
+	t.Cleanup(pool.Close)
 	l.opts = gateway.Options{
 		Names:    l.names,
 		Upstream: pool,

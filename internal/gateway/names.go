@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/fakedns"
@@ -149,20 +150,40 @@ var errNoCarrier = errors.New("gateway: no server for this name")
 // PROXY_NAME's (R5).
 func (g *Gateway) DialRemote(ctx context.Context, name string, a fakedns.Asker, resolver netip.AddrPort) (net.Conn, error) {
 	p := g.plan.Load()
-	servers, balance := p.carrier(name, g.asker(p, a))
-	if len(servers) == 0 {
+	group := p.carrier(name, g.asker(p, a))
+	if len(group.Servers) == 0 {
 		return nil, fmt.Errorf("%w: %s", errNoCarrier, name)
 	}
-	conn, _, err := g.o.Upstream.Connect(ctx, servers, balance, flow.Target{Addr: resolver.Addr(), Port: resolver.Port()})
-	return conn, err
+	return g.dialThrough(ctx, group, upstream.Request{To: flow.Target{Addr: resolver.Addr(), Port: resolver.Port()}, Src: a.Addr})
 }
 
-func (p *Plan) carrier(name string, client flow.Flow) ([]*upstream.Server, bool) {
+func (p *Plan) carrier(name string, client flow.Flow) *upstream.Group {
 	switch r, denied := p.table.CarrierRule(name, client); {
 	case r != nil:
-		return p.servers[r.Index], r.Balance == routes.Random
+		return p.groups[r.Index]
 	case denied:
-		return nil, false
+		return &upstream.Group{}
 	}
-	return p.proxy, false
+	return p.proxy
+}
+
+// dialThrough connects through a group for this process itself.
+func (g *Gateway) dialThrough(ctx context.Context, group *upstream.Group, r upstream.Request) (net.Conn, error) {
+	c, err := g.o.Upstream.Connect(ctx, group, r)
+	if err != nil {
+		return nil, err
+	}
+	return &ownConn{Conn: c.Conn, done: sync.OnceFunc(c.Done)}, nil
+}
+
+// ownConn tells the pool of its end.
+type ownConn struct {
+	net.Conn
+	done func()
+}
+
+// Close closes the connection.
+func (c *ownConn) Close() error {
+	c.done()
+	return c.Conn.Close()
 }

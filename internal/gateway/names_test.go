@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -223,15 +222,15 @@ type connector struct {
 
 var errNoNetwork = errors.New("no network here")
 
-func (c *connector) Connect(_ context.Context, servers []*upstream.Server, balance bool, t flow.Target) (net.Conn, *upstream.Server, error) {
-	for _, s := range servers {
+func (c *connector) Connect(_ context.Context, g *upstream.Group, r upstream.Request) (*upstream.Carried, error) {
+	for _, s := range g.Servers {
 		c.servers = append(c.servers, s.Name)
 	}
-	c.balance, c.target = balance, t
-	return nil, nil, errNoNetwork
+	c.balance, c.target = g.Order == upstream.Random, r.To
+	return nil, errNoNetwork
 }
 
-func (c *connector) Associate(context.Context, []*upstream.Server, bool, *upstream.Server) (*upstream.Association, error) {
+func (c *connector) Associate(context.Context, *upstream.Group, upstream.Request, *upstream.Server) (*upstream.Association, error) {
 	return nil, errNoNetwork
 }
 
@@ -289,11 +288,11 @@ func TestNewPlan(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, b := p.Servers()[0], p.Servers()[1]
+	b, a := p.Servers()[0], p.Servers()[1]
 	if a.Name != "a" || a.Addr != netip.MustParseAddrPort("192.0.2.1:1081") || a.Auth == nil || a.Auth.Username != "office" || a.Auth.Password != secret {
 		t.Errorf("a is %+v", a)
 	}
-	if b.Name != "b" || b.Host != "socks.example.org" || b.Addr.Port() != 1080 || b.Auth != nil || b.Pipeline {
+	if b.Name != "b" || b.Host != "socks.example.org" || b.Addr.Port() != 1080 || b.Auth != nil || b.Pipeline != upstream.PipelineOff || b.Protocol != upstream.Socks5 {
 		t.Errorf("b is %+v", b)
 	}
 	_, err = gateway.NewPlan(table, routes.LocalNames{}, func(string) *socks.Auth { return nil })

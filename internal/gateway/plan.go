@@ -1,7 +1,10 @@
 package gateway
 
 import (
+	"cmp"
+	"crypto/tls"
 	"fmt"
+	"slices"
 	"sync/atomic"
 
 	"github.com/tproxyd/tproxyd/pkg/routes"
@@ -12,46 +15,90 @@ import (
 // Plan is what the rules of one moment say, ready to be followed: immutable,
 // and replaced whole at a reload.
 type Plan struct {
-	table   *routes.Table
-	local   routes.LocalNames
-	servers [][]*upstream.Server // by Rule.Index: what the rule's list means upstream
-	keys    []string             // by Rule.Index: see listKey
-	proxy   []*upstream.Server   // PROXY_NAME's list
-	all     []*upstream.Server
-	hits    []atomic.Uint64 // by Rule.Index: flows that came to user space
+	table  *routes.Table
+	local  routes.LocalNames
+	groups []*upstream.Group // by Rule.Index: what the rule's list means upstream
+	keys   []string          // by Rule.Index: see listKey
+	proxy  *upstream.Group   // PROXY_NAME's list
+	all    []*upstream.Server
+	hits   []atomic.Uint64 // by Rule.Index: flows that came to user space
 }
 
 // NewPlan makes a plan of a table. Auth gives the user name and password for a
 // credential's name; local says which names stay local.
 func NewPlan(t *routes.Table, local routes.LocalNames, auth func(credential string) *socks.Auth) (*Plan, error) {
-	p := &Plan{table: t, local: local}
-	made := map[*routes.Server]*upstream.Server{}
-	list := func(chains []routes.Chain) []*upstream.Server {
-		var l []*upstream.Server
+	n := len(t.Rules())
+	p := &Plan{table: t, local: local, groups: make([]*upstream.Group, n), keys: make([]string, n), hits: make([]atomic.Uint64, n)}
+	m := maker{auth: auth, made: map[string]*upstream.Server{}}
+	group := func(chains []routes.Chain, action routes.Action, order routes.Strategy) *upstream.Group {
+		g := &upstream.Group{Order: upstream.Order(order)}
 		for _, c := range chains {
-			l = append(l, made[c[0]])
+			g.Servers = append(g.Servers, m.chain(c, action))
 		}
-		return l
+		return g
 	}
-	for _, s := range t.Servers() {
-		u := &upstream.Server{Name: s.Name, Host: s.Host, Addr: s.AddrPort(), Pipeline: s.Pipeline != routes.PipelineOff, UDP: upstreamUDP(s.UDP)}
-		if s.Credential != "" {
-			if u.Auth = auth(s.Credential); u.Auth == nil {
-				return nil, fmt.Errorf("gateway: server %s: no credential %q", s.Name, s.Credential)
-			}
-		}
-		made[s] = u
-		p.all = append(p.all, u)
-	}
-	p.servers = make([][]*upstream.Server, len(t.Rules()))
-	p.keys = make([]string, len(t.Rules()))
-	p.hits = make([]atomic.Uint64, len(t.Rules()))
 	for i, r := range t.Rules() {
-		p.servers[i] = list(r.Servers)
-		p.keys[i] = listKey(p.servers[i], r)
+		p.groups[i] = group(r.Servers, r.Action, r.Balance)
+		p.keys[i] = listKey(p.groups[i].Servers, r)
 	}
-	p.proxy = list(t.ProxyName())
-	return p, nil
+	p.proxy = group(t.ProxyName(), routes.Socks5, routes.First)
+	for _, s := range t.Servers() { // those that no rule has, too
+		c := routes.Chain{s}
+		if !slices.ContainsFunc(m.all, func(u *upstream.Server) bool { return u.Name == s.Name }) {
+			m.chain(c, c.Protocol(0, routes.Socks))
+		}
+	}
+	p.all = m.all
+	return p, m.err
+}
+
+// maker makes the servers of a plan: one for each way to a server.
+type maker struct {
+	auth func(credential string) *socks.Auth
+	made map[string]*upstream.Server
+	all  []*upstream.Server
+	err  error
+}
+
+var protocols = map[routes.Action]upstream.Protocol{
+	routes.Socks: upstream.SocksAny, routes.Socks4: upstream.Socks4, routes.Socks4A: upstream.Socks4A,
+	routes.Socks5: upstream.Socks5, routes.HTTP: upstream.HTTP,
+}
+
+// chain returns the server at the end of a chain, asked in the protocol of an
+// action.
+func (m *maker) chain(c routes.Chain, action routes.Action) *upstream.Server {
+	n := len(c) - 1
+	last, protocol := c[n], protocols[c.Protocol(n, action)]
+	k := fmt.Sprintf("%s %v", c, protocol)
+	if s := m.made[k]; s != nil {
+		return s
+	}
+	s := &upstream.Server{
+		Name:          c.String(),
+		Host:          last.Host,
+		Addr:          last.AddrPort(),
+		Protocol:      protocol,
+		From:          upstream.Local{Addr: last.Source, If: last.If},
+		Pipeline:      upstream.Pipeline(last.Pipeline),
+		UDP:           upstreamUDP(last.UDP),
+		MaxFlows:      last.Flows,
+		MaxHandshakes: last.Handshakes,
+	}
+	if last.TLS {
+		s.TLS = &tls.Config{ServerName: cmp.Or(last.SNI, last.Host, last.Addr.String()), MinVersion: tls.VersionTLS12}
+	}
+	if n > 0 {
+		s.Via = m.chain(c[:n], c.Protocol(n-1, routes.Socks5))
+	}
+	if last.Credential != "" {
+		if s.Auth = m.auth(last.Credential); s.Auth == nil && m.err == nil {
+			m.err = fmt.Errorf("gateway: server %s: no credential %q", last.Name, last.Credential)
+		}
+	}
+	m.made[k] = s
+	m.all = append(m.all, s)
+	return s
 }
 
 // Table returns the rules that the plan was made of.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -87,11 +88,12 @@ func (l *live) why() any {
 // serverWay leads through an association with a server of the rule's list.
 func (g *Gateway) serverWay(l *live) *relay.Way {
 	i := l.rule.Index
-	servers, balance := l.plan.servers[i], l.rule.Balance == routes.Random
+	group := l.plan.groups[i]
+	r := upstream.Request{To: l.flow.Target(), Src: l.flow.Src.Addr()}
 	w := &relay.Way{Key: l.plan.keys[i], Refusal: refusalOf}
 	w.Open = func(ctx context.Context, first any) (relay.Outlet, error) {
 		last, _ := first.(*upstream.Server)
-		a, err := g.o.Upstream.Associate(ctx, servers, balance, same(servers, last))
+		a, err := g.o.Upstream.Associate(ctx, group, r, same(group.Servers, last))
 		if err != nil {
 			return relay.Outlet{}, err
 		}
@@ -103,7 +105,7 @@ func (g *Gateway) serverWay(l *live) *relay.Way {
 		w.Open = func(ctx context.Context, first any) (relay.Outlet, error) {
 			o, err := associate(ctx, first)
 			if errors.Is(err, upstream.ErrNoUDP) {
-				return g.dnsOutlet(servers, balance)
+				return g.dnsOutlet(group, r.Src)
 			}
 			return o, err
 		}
@@ -113,12 +115,8 @@ func (g *Gateway) serverWay(l *live) *relay.Way {
 
 // same finds a server of an earlier plan in a list of this one.
 func same(servers []*upstream.Server, s *upstream.Server) *upstream.Server {
-	if s != nil {
-		for _, t := range servers {
-			if t.Name == s.Name && t.Host == s.Host && t.Addr == s.Addr {
-				return t
-			}
-		}
+	if i := slices.IndexFunc(servers, s.Same); i >= 0 {
+		return servers[i]
 	}
 	return nil
 }
@@ -129,8 +127,8 @@ func listKey(servers []*upstream.Server, r *routes.Rule) string {
 	for _, s := range servers {
 		fmt.Fprintf(&b, "%s=%s/%v,", s.Name, s.Host, s.Addr)
 	}
-	if r.Balance == routes.Random {
-		b.WriteString(" random")
+	if r.Balance != routes.First {
+		fmt.Fprintf(&b, " %d", r.Balance)
 	}
 	return b.String()
 }

@@ -24,14 +24,14 @@ import (
 // Action is what a rule does with a flow.
 type Action uint8
 
-// The actions. Those that this version cannot carry out are read, checked and
-// refused by the parser, so a Table holds Deny, Direct and Socks5 only.
+// The actions. Those with servers are the protocol in which the last one of a
+// chain is asked.
 const (
 	Deny    Action = iota
 	Direct         // without a server
 	Socks          // SOCKD: version 5, else 4
-	Socks4         // SOCKD4
-	Socks4A        // SOCKD4A
+	Socks4         // SOCKD4: names are resolved by this host
+	Socks4A        // SOCKD4A: names are sent
 	Socks5         // SOCKD5
 	HTTP           // HTTP CONNECT
 )
@@ -49,9 +49,17 @@ type Strategy uint8
 
 // The strategies.
 const (
-	First  Strategy = iota // as written
-	Random                 // shuffled for each flow: BALANCE
+	First      Strategy = iota // as written
+	Random                     // shuffled for each flow: BALANCE
+	RoundRobin                 // each flow begins with the next one
+	Hash                       // the same client and destination begin with the same one
+	LeastLoad                  // the one with the fewest flows
 )
+
+var strategyWords = [...]string{"first", "random", "roundrobin", "hash", "leastload"}
+
+// String returns the word of the language.
+func (s Strategy) String() string { return strategyWords[s] }
 
 // Reject is how a DENY rule refuses.
 type Reject uint8
@@ -70,9 +78,13 @@ type Pipeline uint8
 
 // How much is sent ahead.
 const (
-	PipelineOff      Pipeline = iota // nothing: one message, one answer
+	PipelineAuto     Pipeline = iota // what the server is known to take
+	PipelineOff                      // nothing: one message, one answer
 	PipelineGreeting                 // greeting, authentication and request together
+	PipelineData                     // and the first bytes of the flow
 )
+
+var pipelineWords = [...]string{"", "off", "greeting", "data"}
 
 // UDPMode is what a server is told of where datagrams will come from, when it
 // is asked for a UDP association (RFC 1928 section 7).
@@ -101,9 +113,16 @@ type Server struct {
 	Host       string     // a name to be resolved by this host; empty: Addr is valid
 	Addr       netip.Addr // where it is; invalid if Host is set
 	Port       uint16     // TCP
+	Type       Action     // of type=: Socks5, Socks4, Socks4A or HTTP; Socks: not stated
+	TLS        bool       // it is spoken to by TLS
+	SNI        string     // the name that its certificate is for; empty: Host or Addr
+	Source     netip.Addr // of this host, from which it is connected to; invalid: any
+	If         string     // of this host, by which; empty: any
 	Credential string     // name of the user name and password to use; empty: none
 	Pipeline   Pipeline
 	UDP        UDPMode
+	Flows      int    // that it is given at once; 0: no limit
+	Handshakes int    // that are under way with it at once; 0: no limit
 	File       string // where it was first written
 	Line       int
 	Col        int
@@ -114,8 +133,21 @@ type Server struct {
 func (s *Server) AddrPort() netip.AddrPort { return netip.AddrPortFrom(s.Addr, s.Port) }
 
 // Chain is the way to a destination: its hops, the nearest first. It has at
-// least one; this version of the parser refuses more.
+// least one.
 type Chain []*Server
+
+// Protocol returns what hop i is asked in, by a rule of an action: the last one
+// in that of the action, the others as their type= says, or else SOCKS5. It is
+// Socks, Socks4, Socks4A, Socks5 or HTTP.
+func (c Chain) Protocol(i int, a Action) Action {
+	switch s := c[i]; {
+	case i == len(c)-1 && (a != Socks || s.Type == Socks):
+		return a
+	case s.Type != Socks:
+		return s.Type
+	}
+	return Socks5
+}
 
 // String returns the chain as the language writes it.
 func (c Chain) String() string {
@@ -212,10 +244,16 @@ func (r *Rule) ActionFor(n flow.Network) Action {
 }
 
 // CarriesUDP tells whether the rule has a server that can be asked to carry
-// UDP: by SOCKS version 5, not behind another one, and not of udp=off. What the
-// server answers is another matter.
+// UDP: by SOCKS version 5, not behind another one or TLS, and not of udp=off.
+// What the server answers is another matter.
 func (r *Rule) CarriesUDP() bool {
-	return r.ActionFor(flow.UDP) == Socks5 && slices.ContainsFunc(r.Servers, func(c Chain) bool { return len(c) == 1 && c[0].UDP != UDPOff })
+	if a := r.ActionFor(flow.UDP); a != Socks5 && a != Socks {
+		return false
+	}
+	return slices.ContainsFunc(r.Servers, func(c Chain) bool {
+		p := c.Protocol(len(c)-1, r.Action)
+		return len(c) == 1 && (p == Socks5 || p == Socks) && c[0].UDP != UDPOff && !c[0].TLS
+	})
 }
 
 // conditional tells whether the rule asks for more than a destination.
@@ -263,7 +301,9 @@ type Limits struct {
 // Health is what HEALTH lines say; zero: not stated.
 type Health struct {
 	MaxFail   int           // faults in a row that make a server bad
-	BadExpire time.Duration // how long it is then tried last
+	BadExpire time.Duration // how long it then waits for a flow to try it, if no probe finds it well
+	Interval  time.Duration // between probes of a server that is well
+	Probe     flow.Target   // what a probe has a server connect to
 }
 
 // ResolveMode is where a name is resolved.

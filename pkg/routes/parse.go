@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
 // Options say how rules are read. The zero value reads files by their paths.
@@ -100,6 +104,8 @@ type parser struct {
 
 	sticky Strategy     // BALANCE ON
 	next   *nextBalance // BALANCE; nil: none that waits for its rule
+
+	nameless []nameless // see resolvedHere
 }
 
 func newParser(o Options) *parser {
@@ -157,7 +163,7 @@ func directives() map[string]func(*line, token) {
 		"HEALTH":         (*line).healthLine,
 		"BIND-MODULE":    (*line).module,
 		"EXCLUDE-MODULE": (*line).module,
-		"GSS":            func(l *line, t token) { l.unsupported(t, "GSS") },
+		"GSS":            func(l *line, t token) { l.errorf(t, "E28", "GSS: GSSAPI is not built in") },
 	}
 	for a, w := range actionWords {
 		d[w] = func(l *line, t token) { l.rule(t, Action(a)) }
@@ -199,6 +205,7 @@ func (p *parser) table() (*Table, Diagnostics) {
 			read(l, t)
 		}
 	})
+	p.resolvedHere()
 	p.diags.current = len(p.reader.statements) + 1
 	p.dangling()
 	t := p.build()
@@ -299,16 +306,10 @@ func (l *line) takeBalance(r *Rule) Strategy {
 }
 
 func (l *line) strategy(t token, value string) (Strategy, bool) {
-	switch strings.ToLower(value) {
-	case "random":
-		return Random, true
-	case "first":
-		return First, true
-	case "roundrobin", "hash", "leastload":
-		l.unsupported(t, "balance="+strings.ToLower(value)+"; random and first are")
-	default:
-		l.errorf(t, "E29", "%q is no order; use random or first", value)
+	if i := slices.Index(strategyWords[:], strings.ToLower(value)); i >= 0 {
+		return Strategy(i), true
 	}
+	l.errorf(t, "E29", "%q is no order; use one of %s", value, strings.Join(strategyWords[:], ", "))
 	return First, false
 }
 
@@ -439,12 +440,34 @@ func (l *line) healthLine(t token) {
 			l.health.MaxFail = int(n)
 		case "badexpire":
 			l.duration(w, value, &l.health.BadExpire)
-		case "interval", "probe":
-			l.unsupported(w, "HEALTH "+key+"=")
+		case "interval":
+			l.duration(w, value, &l.health.Interval)
+		case "probe":
+			l.probe(w, value)
 		default:
 			l.errorf(w, "E29", "HEALTH has no %q; there are maxfail, badexpire, interval, probe", key)
 		}
 	})
+}
+
+// probe reads HOST:PORT, or off.
+func (l *line) probe(t token, value string) {
+	if strings.EqualFold(value, "off") {
+		return
+	}
+	host, port, err := net.SplitHostPort(value)
+	n, portErr := strconv.ParseUint(port, 10, 16)
+	to := flow.Target{Port: uint16(n)}
+	if a, err := netip.ParseAddr(host); err == nil {
+		to.Addr = a.Unmap()
+	} else {
+		to.Name = strings.ToLower(strings.TrimSuffix(host, "."))
+	}
+	if err != nil || portErr != nil || n == 0 || to.Name != "" && checkName(to.Name) != nil || !to.Addr.IsValid() && to.Name == "" {
+		l.errorf(t, "E29", "%q: a probe connects to HOST:PORT, or write off", t.text)
+		return
+	}
+	l.health.Probe = to
 }
 
 func (l *line) module(t token) {

@@ -37,11 +37,8 @@ func (l *line) rule(t token, action Action) {
 	}
 	r.Balance = l.takeBalance(r)
 	if s, ok := set["balance"]; ok {
-		if _, value, _ := strings.Cut(s.text, "="); strings.EqualFold(value, "random") {
-			r.Balance = Random
-		} else {
-			r.Balance = First
-		}
+		_, value, _ := strings.Cut(s.text, "=")
+		r.Balance = Strategy(max(slices.Index(strategyWords[:], strings.ToLower(value)), 0))
 	}
 	if r.Protocols == OnlyUDP {
 		// Nothing is left for the servers: to all who ask it is what it does.
@@ -120,7 +117,7 @@ func (l *line) carries(r *Rule, at token, set map[string]token) {
 	switch r.Action {
 	case Socks4:
 		if r.ownName() {
-			l.errorf(at, "E16", "SOCKD4 cannot carry a name; add RESOLVE local for %s or use SOCKD4A or SOCKD5", at.text)
+			l.nameless = append(l.nameless, nameless{l.statement, at, l.diags.current, r.dest})
 		}
 		fallthrough
 	case Socks4A:
@@ -142,19 +139,47 @@ func (l *line) carries(r *Rule, at token, set map[string]token) {
 	}
 	if t, stated := set["udp"]; stated && r.Action.proxied() && r.Protocols == OnlyTCP {
 		l.errorf(t, "E29", "udp= says nothing of a rule with proto=tcp")
-	} else if r.Action == Socks5 && r.UDP == UDPSocks && len(r.Servers) > 0 && chained < 0 && !r.CarriesUDP() {
+	} else if (r.Action == Socks5 || r.Action == Socks) && r.UDP == UDPSocks && len(r.Servers) > 0 && (chained < 0 || !udp) && !r.CarriesUDP() {
 		if !stated {
 			t, stated = set["proto"], r.Protocols == OnlyUDP
 		}
 		if stated {
-			l.warnf(t, "W04", "every server of the rule has udp=off, so that UDP is refused")
+			l.warnf(t, "W04", "no server of the rule carries UDP (udp=off, tls, a chain or another protocol), so that UDP is refused")
 		}
 	}
-	switch {
-	case r.Action.proxied() && r.Action != Socks5:
-		l.unsupported(l.tokens[0], r.Action.String())
-	case chained >= 0:
-		l.unsupported(l.tokens[1], "chains")
+	for _, c := range r.Servers {
+		if s := c[len(c)-1]; s.Type != Socks && s.Type != r.Action && (r.Action != Socks || s.Type == HTTP) {
+			l.errorf(l.tokens[0], "E29", "%s, but server %s has type=%s (%s:%d)", r.Action, s.Name, typeWords[s.Type], s.File, s.Line)
+		}
+	}
+}
+
+// typeWords spell the values of Server.Type.
+var typeWords = map[Action]string{Socks5: "socks5", Socks4: "socks4", Socks4A: "socks4a", HTTP: "http"}
+
+// nameless is a SOCKD4 rule with names, which may be resolved by this host by a
+// line that comes later.
+type nameless struct {
+	statement *statement
+	at        token
+	number    int
+	dest      dest
+}
+
+// resolvedHere reports SOCKD4 rules with names that no RESOLVE line says to be
+// resolved here.
+func (p *parser) resolvedHere() {
+	for _, n := range p.nameless {
+		local := func(later *resolveRule) bool {
+			i := slices.IndexFunc(p.resolves, func(r *resolveRule) bool { return r.covers(later) })
+			return i >= 0 && p.resolves[i].mode == ResolveLocal
+		}
+		ok := !slices.ContainsFunc(n.dest.names, func(s string) bool { return !local(&resolveRule{name: s}) }) &&
+			!slices.ContainsFunc(n.dest.suffixes, func(s string) bool { return !local(&resolveRule{suffix: s}) })
+		if !ok {
+			p.diags.current = n.number
+			p.diags.at(n.statement.file, n.at, "E16", "SOCKD4 cannot carry a name; add RESOLVE local for %s or use SOCKD4A or SOCKD5", n.at.text)
+		}
 	}
 }
 
@@ -259,7 +284,7 @@ func (l *line) option(r *Rule, t token, key, value string) {
 		r.UDP = UDPUse(oneOf("socks", "deny", "direct"))
 	case "if":
 		for _, name := range strings.Split(value, ",") {
-			if name == "" || len(name) > 15 || strings.ContainsAny(name, "/:*\"") {
+			if !isInterface(name) {
 				l.errorf(t, "E29", "%q is not the name of an interface", name)
 				continue
 			}
@@ -270,6 +295,11 @@ func (l *line) option(r *Rule, t token, key, value string) {
 	case "src":
 		r.Src = l.sources(t, value)
 	}
+}
+
+// isInterface tells whether Linux would take a word for an interface's name.
+func isInterface(name string) bool {
+	return name != "" && len(name) <= 15 && !strings.ContainsAny(name, "/:*\"")
 }
 
 func (l *line) reject(r *Rule, t token, value string) {

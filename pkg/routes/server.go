@@ -28,12 +28,6 @@ func (l *line) onlyServers(t token, before []Chain) []Chain {
 	}
 	chains := l.serverList(w, Socks5)
 	l.done()
-	for _, c := range chains {
-		if len(c) > 1 {
-			l.unsupported(w, "chains")
-			break
-		}
-	}
 	return chains
 }
 
@@ -70,10 +64,15 @@ func (l *line) serverList(t token, action Action) (chains []Chain) {
 func (l *line) chain(t token, action Action) (c Chain) {
 	col := t.col
 	ok := true
-	for _, text := range strings.Split(t.text, ">") {
+	hops := strings.Split(t.text, ">")
+	for i, text := range hops {
 		at := token{text, t.line, col}
 		col += len([]rune(text)) + 1
-		s := l.endpoint(at, action)
+		protocol := action
+		if i < len(hops)-1 {
+			protocol = Socks5
+		}
+		s := l.endpoint(at, protocol)
 		if s == nil {
 			ok = false
 			continue
@@ -127,7 +126,7 @@ func (l *line) endpoint(t token, action Action) *Server {
 
 // spelled reads HOST, HOST:PORT, [IPV6] or [IPV6]:PORT.
 func (l *line) spelled(t token, port uint16) *Server {
-	s := &Server{Name: t.text, Port: port, File: l.file, Line: t.line, Col: t.col}
+	s := &Server{Name: t.text, Type: Socks, Port: port, File: l.file, Line: t.line, Col: t.col}
 	var host, number string
 	hasPort := false
 	if strings.HasPrefix(t.text, "[") {
@@ -216,7 +215,7 @@ func (l *line) serverOptions(at token) *Server {
 	if !valid {
 		s = &Server{} // the options may have mistakes of their own
 	}
-	var auth token
+	var auth, sni token
 	seen := map[string]bool{}
 	for {
 		t, ok := l.word()
@@ -236,26 +235,44 @@ func (l *line) serverOptions(at token) *Server {
 		}
 		switch lower := strings.ToLower(value); key {
 		case "type":
-			l.serverWord(t, lower, "socks5", "socks4", "socks4a", "http")
+			s.Type = []Action{Socks5, Socks4, Socks4A, HTTP}[l.serverWord(t, lower, "socks5", "socks4", "socks4a", "http")]
 		case "auth":
 			auth = t
-			l.serverWord(t, lower, "none", "userpass", "any", "gssapi")
+			if l.serverWord(t, lower, "none", "userpass", "any", "gssapi") == 3 {
+				l.errorf(t, "E28", "auth=gssapi: GSSAPI is not built in; use auth=userpass")
+			}
 		case "credential":
 			s.Credential = value
 		case "pipeline":
-			if lower == "greeting" {
-				s.Pipeline = PipelineGreeting
-			} else {
-				l.serverWord(t, lower, "off", "data")
-			}
+			s.Pipeline = Pipeline(l.serverWord(t, lower, pipelineWords[1:]...)) + PipelineOff
 		case "udp":
-			l.serverWord(t, lower, udpWords[:]...)
-			s.UDP = UDPMode(max(slices.Index(udpWords[:], lower), 0))
-		case "tls", "sni", "gss-service", "gss-level", "source", "if":
-			l.unsupported(t, "SERVER "+key)
+			s.UDP = UDPMode(l.serverWord(t, lower, udpWords[:]...))
+		case "tls":
+			s.TLS = true
+		case "sni":
+			sni = t
+			if s.SNI = lower; checkName(lower) != nil {
+				l.errorf(t, "E29", "%q: sni is the name in the server's certificate", t.text)
+			}
+		case "source":
+			a, err := netip.ParseAddr(value)
+			if err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+				l.errorf(t, "E29", "%q: source is an address of this host", t.text)
+			}
+			s.Source = a.Unmap()
+		case "if":
+			if s.If = value; !isInterface(value) {
+				l.errorf(t, "E29", "%q is not the name of an interface", value)
+			}
+		case "flows":
+			s.Flows = l.limit(t, value)
+		case "handshakes":
+			s.Handshakes = l.limit(t, value)
+		case "gss-service", "gss-level":
+			l.errorf(t, "E28", "%s: GSSAPI is not built in", key)
 		default:
 			msg := "unknown option %q of SERVER"
-			if w := closest(key, []string{"type", "auth", "credential", "pipeline", "udp"}); w != "" {
+			if w := closest(key, []string{"type", "auth", "credential", "pipeline", "udp", "sni", "source", "if", "flows", "handshakes"}); w != "" {
 				msg += "; did you mean " + w + "=?"
 			}
 			l.errorf(t, "E29", msg, t.text)
@@ -267,6 +284,9 @@ func (l *line) serverOptions(at token) *Server {
 	case strings.EqualFold(auth.text, "auth=none") && s.Credential != "":
 		l.errorf(auth, "E20", "auth=none, but the server has a credential")
 	}
+	if sni.text != "" && !s.TLS {
+		l.errorf(sni, "E29", "sni= without tls")
+	}
 	if !valid {
 		return nil
 	}
@@ -276,17 +296,23 @@ func (l *line) serverOptions(at token) *Server {
 // udpWords spell the values of UDPMode.
 var udpWords = [...]string{"own", "zero", "off"}
 
-// serverWord checks a word of which the first ones have an effect: for type
-// one, for auth and udp three, for pipeline one.
-func (l *line) serverWord(t token, value string, words ...string) {
-	key, _, _ := strings.Cut(strings.ToLower(t.text), "=")
-	supported := map[string]int{"type": 1, "auth": 3, "udp": 3, "pipeline": 1}[key]
-	switch i := slices.Index(words, value); {
-	case i < 0:
+// serverWord returns which of the words a value is, the first if it is none.
+func (l *line) serverWord(t token, value string, words ...string) int {
+	i := slices.Index(words, value)
+	if i < 0 {
+		key, _, _ := strings.Cut(strings.ToLower(t.text), "=")
 		l.errorf(t, "E29", "%q: %s is one of %s", t.text, key, strings.Join(words, ", "))
-	case i >= supported:
-		l.unsupported(t, key+"="+value)
 	}
+	return max(i, 0)
+}
+
+// limit reads a number of flows.
+func (l *line) limit(t token, value string) int {
+	n, err := strconv.ParseUint(value, 10, 31)
+	if err != nil || n == 0 {
+		l.errorf(t, "E29", "%q: a limit is a number from 1 on", t.text)
+	}
+	return int(n)
 }
 
 // list is what a LIST line defines.

@@ -58,25 +58,41 @@ func (e *noUDP) Is(target error) bool { return target == ErrNoUDP }
 // Associate asks the servers for a UDP association, in their order as Connect
 // does, but preferred before the others unless it is bad; nil: none is. A
 // server that has no UDP is not asked again for BadExpire, and is as good as
-// before for TCP. The error is ErrNoUDP to errors.Is if no server of the list
+// before for TCP. The error is ErrNoUDP to errors.Is if no server of the group
 // has UDP.
-func (p *Pool) Associate(ctx context.Context, servers []*Server, balance bool, preferred *Server) (*Association, error) {
+func (p *Pool) Associate(ctx context.Context, g *Group, r Request, preferred *Server) (*Association, error) {
 	var a *Association
 	without := 0
-	s, err := p.first(ctx, servers, balance, preferred, func(s *Server) (err error) {
-		if a, err = p.associate(ctx, s); errors.Is(err, ErrNoUDP) {
+	err := p.first(ctx, g, r, preferred, func(s *Server, h *health, soft time.Duration) (err error) {
+		if a, err = p.associate(ctx, s, h, soft); errors.Is(err, ErrNoUDP) {
 			without++
 		}
 		return err
 	})
 	switch {
 	case err == nil:
-		p.good(s, func(h *health) { h.associated++; h.noUDP = time.Time{} })
 		return a, nil
-	case without > 0 && without < len(servers):
+	case without > 0 && without < len(g.Servers):
 		return nil, some{err}
 	}
 	return nil, err
+}
+
+// lacksUDP says why a server need not be asked for UDP; empty: it may have it.
+// What a chain or TLS leads to has a relay that this host would have to reach
+// by another way.
+func (s *Server) lacksUDP() string {
+	switch {
+	case s.UDP == UDPOff:
+		return "udp=off"
+	case s.Protocol != Socks5 && s.Protocol != SocksAny:
+		return "its protocol has none"
+	case s.Via != nil:
+		return "it is reached through " + s.Via.Name
+	case s.TLS != nil:
+		return "it is reached by TLS"
+	}
+	return ""
 }
 
 // some is the error of a list of which only some have no UDP: all of err but
@@ -87,49 +103,105 @@ func (e some) Error() string        { return e.err.Error() }
 func (e some) Is(target error) bool { return target != ErrNoUDP && errors.Is(e.err, target) }
 func (e some) As(target any) bool   { return errors.As(e.err, target) }
 
-func (p *Pool) associate(ctx context.Context, s *Server) (*Association, error) {
+func (p *Pool) associate(ctx context.Context, s *Server, h *health, soft time.Duration) (*Association, error) {
 	o := p.options.Load()
-	if o.Packet == nil {
+	switch why := s.lacksUDP(); {
+	case o.Packet == nil:
 		return nil, &noUDP{why: errors.New("this pool has no sockets for it")}
-	}
-	if s.UDP == UDPOff {
-		return nil, &noUDP{why: errors.New("udp=off")}
-	}
-	if p.lacksUDP(s) {
+	case why != "":
+		return nil, &noUDP{why: errors.New(why)}
+	case h.lacksUDP():
 		return nil, &noUDP{why: errors.New("it said so a moment ago")}
 	}
-	conn, err := p.dial(ctx, s)
+	if conn, proto := h.takeWarm(s); conn != nil && proto == Socks5 {
+		// Of a connection that the server had given up the end says nothing.
+		a, err := p.associateOn(ctx, conn, s, socks.AssociateGreeted)
+		if v := judge(err); v != fault && !errors.Is(err, socks.ErrNoReply) || ctx.Err() != nil || errors.Is(err, errSilent) {
+			return h.associates(a, err)
+		}
+	}
+	limit := o.ConnectTimeout
+	if soft != 0 {
+		limit = min(soft, limit)
+	}
+	setup, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if h.aheadNow(s) >= PipelineGreeting && s.Protocol == Socks5 {
+		conn, err := p.reach(setup, s)
+		if err != nil {
+			return nil, err
+		}
+		return h.associates(p.associateOn(ctx, conn, s, func(conn net.Conn, from netip.AddrPort) (netip.AddrPort, error) {
+			return socks.Associate(conn, from, socks.Options{Auth: s.Auth, Pipeline: true})
+		}))
+	}
+	conn, proto, err := p.ready(setup, s)
 	if err != nil {
 		return nil, err
 	}
-	a := &Association{Control: conn, Server: s}
-	if a.Socket, err = o.Packet(addrPort(conn.LocalAddr()).Addr()); err != nil {
+	if proto != Socks5 {
+		conn.Close()
+		return nil, &noUDP{errors.New("it speaks SOCKS4"), true}
+	}
+	return h.associates(p.associateOn(ctx, conn, s, socks.AssociateGreeted))
+}
+
+// associateOn asks for an association on a connection, by ask. It takes the
+// connection over.
+func (p *Pool) associateOn(ctx context.Context, conn net.Conn, s *Server, ask func(net.Conn, netip.AddrPort) (netip.AddrPort, error)) (*Association, error) {
+	o := p.options.Load()
+	socket, err := o.Packet(Local{addrPort(conn.LocalAddr()).Addr(), s.From.If})
+	if err != nil {
 		conn.Close()
 		return nil, err
 	}
-	err = p.handshake(ctx, conn, func() (err error) {
+	a := &Association{Control: conn, Socket: socket, Server: s}
+	ctx, cancel := context.WithTimeout(ctx, o.HandshakeTimeout)
+	defer cancel()
+	err = within(ctx, conn, "request", func() (err error) {
 		var from netip.AddrPort
 		if s.UDP == UDPOwn {
-			from = a.Socket.LocalAddrPort()
+			from = socket.LocalAddrPort()
 		}
-		a.Relay, err = socks.Associate(conn, from, s.options())
+		a.Relay, err = ask(conn, from)
 		return err
 	})
-	if errors.Is(err, socks.CommandNotSupported) || errors.Is(err, socks.ErrNoReply) {
-		p.lackUDP(s)
-		err = &noUDP{err, true}
-	}
 	if err == nil {
 		a.Relay, err = relayAddr(a.Relay, addrPort(conn.RemoteAddr()).Addr())
 	}
 	if err == nil {
-		err = a.Socket.Connect(a.Relay)
+		err = socket.Connect(a.Relay)
 	}
 	if err != nil {
 		a.Close()
 		return nil, err
 	}
 	return a, nil
+}
+
+// associates notes whether the server has UDP, by what it answered.
+func (h *health) associates(a *Association, err error) (*Association, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case err == nil:
+		h.associated++
+		h.noUDP = time.Time{}
+	case errors.Is(err, socks.CommandNotSupported), errors.Is(err, socks.ErrNoReply):
+		o := h.p.options.Load()
+		if h.noUDP.IsZero() {
+			o.Log.Warn("server carries no UDP", "upstream", h.server.Name)
+		}
+		h.noUDP = time.Now().Add(o.BadExpire)
+		return nil, &noUDP{err, true}
+	}
+	return a, err
+}
+
+func (h *health) lacksUDP() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return time.Now().Before(h.noUDP)
 }
 
 // relayAddr is where datagrams are to be sent if a server that is reached at
@@ -154,21 +226,4 @@ func addrPort(a net.Addr) netip.AddrPort {
 		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 	}
 	return netip.AddrPort{}
-}
-
-func (p *Pool) lacksUDP(s *Server) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return time.Now().Before(p.state(s).noUDP)
-}
-
-func (p *Pool) lackUDP(s *Server) {
-	o := p.options.Load()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	h := p.state(s)
-	if h.noUDP.IsZero() {
-		o.Log.Warn("server carries no UDP", "upstream", s.Name)
-	}
-	h.noUDP = time.Now().Add(o.BadExpire)
 }

@@ -48,22 +48,23 @@ func TestAssociate(t *testing.T) {
 		}}
 		var made []*packets
 		p := New(Options{
-			Dial: func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-				conn, err := l.dial(ctx, to)
+			Dial: func(ctx context.Context, from Local, to netip.AddrPort) (net.Conn, error) {
+				conn, err := l.dial(ctx, from, to)
 				if err != nil {
 					return nil, err
 				}
 				return peered{conn, "192.0.2.9:50000", to.String()}, nil
 			},
-			Packet: func(local netip.Addr) (PacketSocket, error) {
-				if local.String() != "192.0.2.9" {
+			Packet: func(local Local) (PacketSocket, error) {
+				if local.Addr.String() != "192.0.2.9" {
 					t.Errorf("a socket on %v", local)
 				}
 				made = append(made, &packets{})
 				return made[len(made)-1], nil
 			},
-		})
-		got, err := p.Associate(t.Context(), []*Server{a, b, c}, false, nil)
+		}, nil)
+		defer p.Close()
+		got, err := p.Associate(t.Context(), &Group{Servers: []*Server{a, b, c}}, Request{To: target}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -76,7 +77,7 @@ func TestAssociate(t *testing.T) {
 		got.Close()
 
 		// Who has no UDP is not asked for it again for a while, and is as good as before for TCP.
-		if got, err = p.Associate(t.Context(), []*Server{a, b, c}, false, nil); err != nil {
+		if got, err = p.Associate(t.Context(), &Group{Servers: []*Server{a, b, c}}, Request{To: target}, nil); err != nil {
 			t.Fatal(err)
 		}
 		if asked := l.asked(); asked != c.Addr.String() {
@@ -88,21 +89,21 @@ func TestAssociate(t *testing.T) {
 				t.Errorf("%+v, UDP is %q", s, want)
 			}
 		}
-		if _, err = p.Associate(t.Context(), []*Server{a, b}, false, nil); !errors.Is(err, ErrNoUDP) || l.asked() != "" {
+		if _, err = p.Associate(t.Context(), &Group{Servers: []*Server{a, b}}, Request{To: target}, nil); !errors.Is(err, ErrNoUDP) || l.asked() != "" {
 			t.Errorf("of two servers without UDP: %v", err)
 		}
 		time.Sleep(31 * time.Second)
-		if _, err = p.Associate(t.Context(), []*Server{a, b}, false, nil); !errors.Is(err, ErrNoUDP) || l.asked() == "" {
+		if _, err = p.Associate(t.Context(), &Group{Servers: []*Server{a, b}}, Request{To: target}, nil); !errors.Is(err, ErrNoUDP) || l.asked() == "" {
 			t.Errorf("later: %v, or they were not asked", err)
 		}
 
 		// The one that served before comes first, a bad one does not.
-		if got, err = p.Associate(t.Context(), []*Server{a, b, c}, false, c); err != nil || l.asked() != c.Addr.String() {
+		if got, err = p.Associate(t.Context(), &Group{Servers: []*Server{a, b, c}}, Request{To: target}, c); err != nil || l.asked() != c.Addr.String() {
 			t.Errorf("preferred: %v", err)
 		}
 		got.Close()
 		l.hosts[c.Addr.String()] = func(context.Context) (net.Conn, error) { return nil, errors.New("refused") }
-		if _, err = p.Associate(t.Context(), []*Server{a, c}, false, c); err == nil || errors.Is(err, ErrNoUDP) {
+		if _, err = p.Associate(t.Context(), &Group{Servers: []*Server{a, c}}, Request{To: target}, c); err == nil || errors.Is(err, ErrNoUDP) {
 			t.Errorf("one is down and one without UDP: %v", err)
 		}
 		if s := p.Status([]*Server{c})[0]; s.Up {
@@ -110,19 +111,19 @@ func TestAssociate(t *testing.T) {
 		}
 		// Who is not asked is not known to be back, and what another one says is
 		// what the client hears.
-		if _, err = p.Associate(t.Context(), []*Server{a, c}, false, nil); err == nil || p.Status([]*Server{c})[0].Up {
+		if _, err = p.Associate(t.Context(), &Group{Servers: []*Server{a, c}}, Request{To: target}, nil); err == nil || p.Status([]*Server{c})[0].Up {
 			t.Errorf("a bad server is good again: %v", err)
 		}
 		d := server("d", 4)
 		l.hosts[d.Addr.String()] = says("\x05\x00", "\x05\x02\x00\x01\x00\x00\x00\x00\x00\x00")
 		var r socks.Reply
-		if _, err = p.Associate(t.Context(), []*Server{a, d}, false, nil); !errors.As(err, &r) || errors.Is(err, ErrNoUDP) {
+		if _, err = p.Associate(t.Context(), &Group{Servers: []*Server{a, d}}, Request{To: target}, nil); !errors.As(err, &r) || errors.Is(err, ErrNoUDP) {
 			t.Errorf("without UDP, and not allowed: %v", err)
 		}
-		off := *a
+		off := server("a", 1)
 		off.UDP = UDPOff
 		l.asked()
-		if _, err = p.Associate(t.Context(), []*Server{&off}, false, nil); !errors.Is(err, ErrNoUDP) || l.asked() != "" {
+		if _, err = p.Associate(t.Context(), &Group{Servers: []*Server{off}}, Request{To: target}, nil); !errors.Is(err, ErrNoUDP) || l.asked() != "" {
 			t.Errorf("udp=off: %v", err)
 		}
 	})
@@ -136,20 +137,21 @@ func TestAssociateEnds(t *testing.T) {
 		l := &lab{hosts: map[string]behaviour{s.Addr.String(): says("\x05\x00")}}
 		sock := &packets{}
 		p := New(Options{
-			Dial: func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-				conn, err := l.dial(ctx, to)
+			Dial: func(ctx context.Context, from Local, to netip.AddrPort) (net.Conn, error) {
+				conn, err := l.dial(ctx, from, to)
 				return peered{conn, "192.0.2.9:50000", to.String()}, err
 			},
-			Packet:           func(netip.Addr) (PacketSocket, error) { return sock, nil },
+			Packet:           func(Local) (PacketSocket, error) { return sock, nil },
 			HandshakeTimeout: 5 * time.Second,
-		})
+		}, nil)
+		defer p.Close()
 		start := time.Now()
-		if _, err := p.Associate(t.Context(), []*Server{s}, false, nil); err == nil || time.Since(start) != 5*time.Second || !sock.closed {
+		if _, err := p.Associate(t.Context(), &Group{Servers: []*Server{s}}, Request{To: target}, nil); err == nil || time.Since(start) != 5*time.Second || !sock.closed {
 			t.Errorf("%v after %v, closed %v", err, time.Since(start), sock.closed)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if _, err := p.Associate(ctx, []*Server{s}, false, nil); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := p.Associate(ctx, &Group{Servers: []*Server{s}}, Request{To: target}, nil); !errors.Is(err, context.DeadlineExceeded) {
 			t.Error(err)
 		}
 	})

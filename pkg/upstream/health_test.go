@@ -2,11 +2,14 @@ package upstream
 
 import (
 	"bytes"
+	"context"
 	"log/slog"
 	"math/rand/v2"
+	"net"
+	"net/netip"
 	"strings"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,18 +20,19 @@ func TestHealth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &lab{hosts: map[string]behaviour{addrA: refuses, addrB: replies(0), addrC: replies(0)}}
 		var log bytes.Buffer
-		p := New(Options{Dial: l.dial, MaxFail: 2, BadExpire: time.Minute, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		p := l.pool(t, Options{MaxFail: 2, BadExpire: time.Minute, Log: slog.New(slog.NewTextHandler(&log, nil))})
 		step := func(what string, a behaviour, wantAsked, wantUp string) {
 			t.Helper()
 			if a != nil {
-				l.hosts[addrA] = a
+				l.set(addrA, a)
 			}
-			again := *serverA // as after a reload
-			connect(t, p, &again, serverB, serverC)
+			l.asked()
+			again := &Server{Name: serverA.Name, Addr: serverA.Addr} // as after a reload
+			connect(t, p, again, serverB, serverC)
 			if got := l.asked(); got != wantAsked {
 				t.Errorf("%s: asked %s, want %s", what, got, wantAsked)
 			}
-			if got := up(p, &again, serverB, serverC); got != wantUp {
+			if got := up(p, again, serverB, serverC); got != wantUp {
 				t.Errorf("%s: up: %s, want %s", what, got, wantUp)
 			}
 		}
@@ -43,19 +47,22 @@ func TestHealth(t *testing.T) {
 		step("second fault in a row", refuses, addrA+" "+addrB, "b c")
 		step("bad", nil, addrB, "b c")
 		time.Sleep(time.Minute - time.Nanosecond)
-		step("bad to the end", nil, addrB, "b c")
+		step("bad, and no probe has found it well", nil, addrB, "b c")
 		time.Sleep(time.Nanosecond)
 		step("expired, one more fault", nil, addrA+" "+addrB, "b c")
 		step("bad again", nil, addrB, "b c")
-		time.Sleep(time.Minute)
-		step("expired, back", replies(0), addrA, "a b c")
+		l.set(addrA, replies(0))
+		time.Sleep(time.Second)
+		step("a probe has found it well", nil, addrA, "a b c")
 
-		l.hosts[addrA], l.hosts[addrB], l.hosts[addrC] = refuses, refuses, refuses
+		for _, a := range []string{addrA, addrB, addrC} {
+			l.set(a, refuses)
+		}
 		all := addrA + " " + addrB + " " + addrC
 		step("all fail", nil, all, "a b c")
 		step("all fail again", nil, all, "")
 		step("all bad: still asked, in order", nil, all, "")
-		l.hosts[addrC] = replies(1)
+		l.set(addrC, replies(1))
 		step("general failure while bad", nil, all, "c")
 		step("the good one first, the bad ones in order", nil, addrC+" "+addrA+" "+addrB, "c")
 
@@ -67,51 +74,238 @@ func TestHealth(t *testing.T) {
 	})
 }
 
+// TestProbes: who is probed, how often, and what ends it.
+func TestProbes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var probes atomic.Int32
+		counted := func(b behaviour) behaviour {
+			return func(ctx context.Context) (net.Conn, error) {
+				probes.Add(1)
+				return b(ctx)
+			}
+		}
+		l := &lab{hosts: map[string]behaviour{addrA: counted(refuses), addrB: replies(0)}}
+		p := l.pool(t, Options{})
+		connect(t, p, serverA, serverB)
+		probes.Store(0)
+		time.Sleep(time.Minute)
+		if n := probes.Load(); n < 60 || n > 120 {
+			t.Errorf("%d probes of a server that is down, in a minute", n)
+		}
+		l.set(addrA, counted(says("\x05\x00")))
+		time.Sleep(time.Second)
+		if s := p.Status([]*Server{serverA})[0]; s.Up || !s.Trial {
+			t.Errorf("well, and no flow has tried it: %+v", s)
+		}
+		time.Sleep(3 * time.Second)
+		if up(p, serverA) != "a" {
+			t.Error("not good after several probes")
+		}
+		probes.Store(0)
+		time.Sleep(time.Minute)
+		if n := probes.Load(); n != 0 {
+			t.Errorf("%d probes of a server that is well", n)
+		}
+
+		// A server that greets and then fails is tried by one flow at a time.
+		l.set(addrA, counted(says("\x05\x00", "garbage, no reply")))
+		connect(t, p, serverA, serverB)
+		probes.Store(0)
+		time.Sleep(900 * time.Millisecond)
+		if n := probes.Load(); n == 0 || up(p, serverA) != "" {
+			t.Errorf("%d probes", n)
+		}
+		l.set(addrA, func(ctx context.Context) (net.Conn, error) { // slow, so that they meet
+			probes.Add(1)
+			time.Sleep(300 * time.Millisecond)
+			return says("\x05\x00", "garbage, no reply")(ctx)
+		})
+		probes.Store(0)
+		var wg sync.WaitGroup
+		for range 20 {
+			wg.Go(func() { connect(t, p, serverA, serverB) })
+		}
+		wg.Wait()
+		if n := probes.Load(); n > 3 {
+			t.Errorf("%d flows and probes tried it at once", n)
+		}
+
+		p.Configure(Options{Dial: l.dial, Interval: 10 * time.Second}, []*Server{serverB})
+		synctest.Wait()
+		probes.Store(0)
+		l.set(addrB, counted(replies(0)))
+		time.Sleep(time.Minute)
+		if n := probes.Load(); n < 4 || n > 8 {
+			t.Errorf("%d probes with an interval of 10 seconds, in a minute; none of a server that is not used", n)
+		}
+		l.set(addrB, counted(hangs))
+		time.Sleep(20 * time.Second)
+		if up(p, serverB) != "" {
+			t.Error("no probe has found out that it hangs")
+		}
+	})
+}
+
+// TestPatience: who can go elsewhere does not wait for a silent server as long
+// as for one that has nobody beside it.
+func TestPatience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow := func(b behaviour) behaviour {
+			return func(ctx context.Context) (net.Conn, error) {
+				time.Sleep(time.Millisecond)
+				return b(ctx)
+			}
+		}
+		l := &lab{hosts: map[string]behaviour{addrA: slow(replies(0)), addrB: slow(replies(0))}}
+		p := l.pool(t, Options{})
+		if got := connect(t, p, serverA, serverB); got != "a" {
+			t.Fatal(got)
+		}
+		l.set(addrA, hangs)
+		start := time.Now()
+		if got := connect(t, p, serverA, serverB); got != "b" || time.Since(start) > 2*time.Second {
+			t.Errorf("%s after %v", got, time.Since(start))
+		}
+		start = time.Now()
+		if connect(t, p, serverA); time.Since(start) != 10*time.Second {
+			t.Errorf("with nobody else: after %v", time.Since(start))
+		}
+	})
+}
+
 func TestBalance(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &lab{hosts: map[string]behaviour{addrA: replies(0), addrB: replies(0), addrC: replies(0)}}
-		p := New(Options{Dial: l.dial, Rand: rand.New(rand.NewPCG(1, 2)).IntN})
+		p := l.pool(t, Options{Rand: rand.New(rand.NewPCG(1, 2)).IntN})
 		servers := []*Server{serverA, serverB, serverC}
-		const rounds = 600
-		share := map[string]int{}
-		for range rounds {
-			conn, s, err := p.Connect(t.Context(), servers, true, target)
-			if err != nil {
-				t.Fatal(err)
-			}
-			conn.Close()
-			share[s.Name]++
-		}
-		for _, s := range servers {
-			if n := share[s.Name]; n < rounds/3*8/10 || n > rounds/3*12/10 {
-				t.Errorf("%s carries %d of %d flows", s.Name, n, rounds)
-			}
-		}
-
 		orders := map[string]int{}
-		order := func() (names string) {
-			for _, s := range p.order(nil, servers, true, nil) {
+		g := &Group{Servers: servers, Order: Random}
+		order := func(r Request) (names string) {
+			for _, s := range p.order(nil, g, r, nil) {
 				names += s.Name
 			}
 			return names
 		}
+		const rounds = 600
 		for range rounds {
-			orders[order()]++
+			orders[order(Request{})]++
 		}
 		for _, names := range []string{"abc", "acb", "bac", "bca", "cab", "cba"} {
 			if n := orders[names]; n < rounds/6*6/10 || n > rounds/6*14/10 {
 				t.Errorf("order %s came %d times of %d", names, n, rounds)
 			}
 		}
+		g.Order = RoundRobin
+		if got := order(Request{}) + " " + order(Request{}) + " " + order(Request{}) + " " + order(Request{}); got != "abc bca cab abc" {
+			t.Errorf("round robin: %s", got)
+		}
 		if servers[0] != serverA || servers[1] != serverB || servers[2] != serverC {
-			t.Error("the caller's list was shuffled")
+			t.Error("the caller's list was changed")
 		}
 
-		p.bad(serverA, syscall.ECONNREFUSED)
-		for range 100 {
-			if names := order(); names[2] != 'a' {
-				t.Fatalf("a is bad, yet the order is %s", names)
+		g.Order = LeastLoad
+		share := map[string]int{}
+		var carried []*Carried
+		for range 30 {
+			c, err := p.Connect(t.Context(), g, Request{To: target})
+			if err != nil {
+				t.Fatal(err)
 			}
+			share[c.Server.Name]++
+			carried = append(carried, c)
+		}
+		if share["a"] != 10 || share["b"] != 10 || share["c"] != 10 {
+			t.Errorf("least load: %v", share)
+		}
+		for _, c := range carried {
+			if c.Conn.Close(); c.Server == serverB {
+				c.Done()
+			}
+		}
+		for range 10 {
+			c, err := p.Connect(t.Context(), g, Request{To: target})
+			if err != nil || c.Server != serverB {
+				t.Fatalf("not the one without flows: %v, %v", c, err)
+			}
+			c.Conn.Close()
+		}
+		if n := p.Status(servers); n[0].Flows != 10 || n[1].Flows != 10 {
+			t.Errorf("flows: %+v", n)
+		}
+	})
+}
+
+// TestHash: a server gets its share of clients and destinations, always the same
+// ones, and the loss of another moves none of them.
+func TestHash(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: replies(0), addrB: replies(0), addrC: replies(0)}}
+		p := l.pool(t, Options{})
+		all := &Group{Servers: []*Server{serverA, serverB, serverC}, Order: Hash}
+		left := &Group{Servers: []*Server{serverC, serverA}, Order: Hash}
+		share := map[string]int{}
+		const rounds = 3000
+		for i := range rounds {
+			r := Request{To: target, Src: netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})}
+			first := p.order(nil, all, r, nil)[0]
+			if again := p.order(nil, all, r, nil)[0]; again != first {
+				t.Fatalf("%s and %s for the same client", first.Name, again.Name)
+			}
+			if first != serverB && p.order(nil, left, r, nil)[0] != first {
+				t.Fatalf("a flow of %s moved with the loss of b", first.Name)
+			}
+			share[first.Name]++
+		}
+		for name, n := range share {
+			if n < rounds/3*9/10 || n > rounds/3*11/10 {
+				t.Errorf("%s has %d of %d", name, n, rounds)
+			}
+		}
+	})
+}
+
+// TestLimits: a server that has what it may have is passed over and not blamed.
+func TestLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		one := &Server{Name: "one", Addr: serverA.Addr, MaxFlows: 1}
+		l := &lab{hosts: map[string]behaviour{addrA: replies(0), addrB: replies(0)}}
+		p := l.pool(t, Options{})
+		g := &Group{Servers: []*Server{one, serverB}}
+		first, err := p.Connect(t.Context(), g, Request{To: target})
+		if err != nil || first.Server != one {
+			t.Fatalf("%v, %v", first, err)
+		}
+		defer first.Conn.Close()
+		second, err := p.Connect(t.Context(), g, Request{To: target})
+		if err != nil || second.Server != serverB {
+			t.Fatalf("%v, %v", second, err)
+		}
+		second.Conn.Close()
+		if _, err := p.Connect(t.Context(), &Group{Servers: []*Server{one}}, Request{To: target}); err == nil || !strings.Contains(err.Error(), "busy: 1 flows") {
+			t.Error(err)
+		}
+		first.Done()
+		if got := connect(t, p, one); got != "one" {
+			t.Error(got)
+		}
+		if up(p, one) != "one" || p.Status([]*Server{one})[0].Faults != 0 {
+			t.Error("it was blamed")
+		}
+
+		two := &Server{Name: "two", Addr: serverC.Addr, MaxHandshakes: 2}
+		l.set(addrC, says("\x05\x00"))
+		var wg sync.WaitGroup
+		var busy atomic.Int32
+		for range 5 {
+			wg.Go(func() {
+				if got := connect(t, p, two); strings.Contains(got, "busy: 2 handshakes") {
+					busy.Add(1)
+				}
+			})
+		}
+		wg.Wait()
+		if busy.Load() != 3 {
+			t.Errorf("%d of 5 were turned away, want 3", busy.Load())
 		}
 	})
 }
@@ -120,21 +314,23 @@ func TestBalance(t *testing.T) {
 func TestConnectTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &lab{hosts: map[string]behaviour{addrA: refuses, addrB: replies(0), addrC: says("EOF")}}
-		p := New(Options{Dial: l.dial})
+		p := l.pool(t, Options{})
 		const flows = 50
 		var wg sync.WaitGroup
 		for i := range flows {
 			wg.Go(func() {
-				conn, s, err := p.Connect(t.Context(), []*Server{serverA, serverC, serverB}, i%2 == 0, target)
-				if err != nil || s != serverB {
-					t.Errorf("%v, %v", s, err)
+				g := &Group{Servers: []*Server{serverA, serverC, serverB}, Order: Order(i % 2)}
+				c, err := p.Connect(t.Context(), g, Request{To: target})
+				if err != nil || c.Server != serverB {
+					t.Errorf("%v, %v", c, err)
 					return
 				}
-				conn.Close()
+				c.Conn.Close()
+				c.Done()
 			})
 		}
 		wg.Wait()
-		if got := p.Status([]*Server{serverB})[0]; got.Carried != flows || got.Faults != 0 {
+		if got := p.Status([]*Server{serverB})[0]; got.Carried != flows || got.Faults != 0 || got.Flows != 0 {
 			t.Errorf("%+v", got)
 		}
 	})

@@ -2,9 +2,11 @@ package upstream
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,14 +30,32 @@ type lab struct {
 	dialed []string
 }
 
-func (l *lab) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-	l.mu.Lock()
-	l.dialed = append(l.dialed, to.String())
-	l.mu.Unlock()
-	return l.hosts[to.String()](ctx)
+// pool returns a pool that lives in the lab, and as long as the test.
+func (l *lab) pool(t *testing.T, o Options) *Pool {
+	o.Dial = l.dial
+	p := New(o, nil)
+	t.Cleanup(p.Close)
+	return p
 }
 
-// asked returns who was dialled since it was called last.
+func (l *lab) dial(ctx context.Context, _ Local, to netip.AddrPort) (net.Conn, error) {
+	l.mu.Lock()
+	if !slices.Contains(l.dialed, to.String()) { // a probe comes after the flow
+		l.dialed = append(l.dialed, to.String())
+	}
+	does := l.hosts[to.String()]
+	l.mu.Unlock()
+	return does(ctx)
+}
+
+// set changes what a server does.
+func (l *lab) set(addr string, b behaviour) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.hosts[addr] = b
+}
+
+// asked returns who was dialled since it was called last, each once.
 func (l *lab) asked() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -104,10 +124,25 @@ func up(p *Pool, servers ...*Server) string {
 	return strings.Join(names, " ")
 }
 
+// carry asks servers for the target. The server that answered last is returned
+// with its error, too.
+func carry(ctx context.Context, p *Pool, servers ...*Server) (net.Conn, *Server, error) {
+	c, err := p.Connect(ctx, &Group{Servers: servers}, Request{To: target})
+	if err != nil {
+		var one *ServerError
+		if _, joined := err.(interface{ Unwrap() []error }); !joined && errors.As(err, &one) {
+			return nil, one.Server, err
+		}
+		return nil, nil, err
+	}
+	c.Done()
+	return c.Conn, c.Server, nil
+}
+
 // connect connects and hangs up, and returns the name of the server.
 func connect(t *testing.T, p *Pool, servers ...*Server) string {
 	t.Helper()
-	conn, s, err := p.Connect(t.Context(), servers, false, target)
+	conn, s, err := carry(t.Context(), p, servers...)
 	if err != nil {
 		return err.Error()
 	}

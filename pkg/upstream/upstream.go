@@ -1,41 +1,89 @@
-// Package upstream is which SOCKS server, and when: the order of a list,
-// BALANCE, failover and the memory of servers that are down.
+// Package upstream is which server, and when: the order of a list, chains,
+// failover, the memory of servers that are down, and connections that are made
+// ahead of need.
 //
 // It promises that a flow moves to the next server when a server is at fault
 // and only then: what the destination does (refused, unreachable, denied by
 // rule) is the flow's own end. Each server is asked at most once for a flow,
 // each within the time limits, and the error of a list that failed tells what
-// was wrong with each of them.
+// was wrong with each of them. A server that failed is asked last until it has
+// been seen to answer again, which a probe finds out within a second. What the
+// pool starts by itself (probes, warm connections) ends with Close.
 package upstream
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
 	"github.com/tproxyd/tproxyd/pkg/socks"
 )
 
-// Server is a SOCKS5 server as the rules name it. It is immutable; what is
-// known of its health lives in the Pool.
+// Protocol is what a server is asked in.
+type Protocol uint8
+
+// The protocols. The zero value is SOCKS5.
+const (
+	Socks5   Protocol = iota
+	Socks4            // names are resolved here, see Options.Resolve
+	Socks4A           // names are sent
+	SocksAny          // version 5; of a server that does not know it, 4, which is remembered
+	HTTP              // CONNECT
+)
+
+var protocolNames = [...]string{"socks5", "socks4", "socks4a", "socks", "http"}
+
+// String returns "socks5", "socks4", "socks4a", "socks" or "http".
+func (p Protocol) String() string { return protocolNames[p] }
+
+// Pipeline is what a server is sent before it has answered.
+type Pipeline uint8
+
+// How much is sent ahead. PipelineAuto sends what a probe has seen the server
+// accept.
+const (
+	PipelineAuto Pipeline = iota
+	PipelineOff
+	PipelineGreeting // greeting, authentication and request in one write
+	PipelineData     // and the first bytes of the flow
+)
+
+// Local is where a connection leaves from; the zero value leaves it to the
+// kernel.
+type Local struct {
+	Addr netip.Addr // invalid: any
+	If   string     // interface; empty: any
+}
+
+// Server is a server as the rules name it, by the way that it is reached. It is
+// immutable; what is known of its health lives in the Pool. It may not be
+// copied after its first use.
 type Server struct {
-	Name     string         // as the rules write it, for messages
-	Host     string         // a name to be resolved for each connection; empty: Addr is valid
+	Name     string         // as the rules write it, for messages: "a", of a chain "a>b"
+	Host     string         // a name to be resolved for each connection, by the server before it if there is one; empty: Addr is valid
 	Addr     netip.AddrPort // where it listens; with Host set only the port counts
-	Auth     *socks.Auth    // nil: none
-	Pipeline bool           // see socks.Options
-	UDP      UDPMode        // what it is told when it is asked for an association
+	Protocol Protocol
+	Via      *Server     // the server that connects to this one; nil: this host does
+	TLS      *tls.Config // nil: none; else its ServerName is set
+	Auth     *socks.Auth // nil: none; SOCKS4 sends only the user name
+	From     Local       // of a server without Via
+	Pipeline Pipeline
+	UDP      UDPMode // what it is told when it is asked for an association
+
+	MaxFlows      int // that it carries at once; 0: no limit
+	MaxHandshakes int // that are under way at once; 0: no limit
+
+	health atomic.Pointer[health] // a copy of the pool's entry
 }
 
 // address is the server's place in words.
@@ -46,52 +94,73 @@ func (s *Server) address() string {
 	return s.Addr.String()
 }
 
-// Options is how a Pool connects. Dial is needed, the rest has defaults.
-type Options struct {
-	Dial    func(ctx context.Context, to netip.AddrPort) (net.Conn, error)
-	Resolve func(ctx context.Context, host string) ([]netip.Addr, error) // nil: servers given by name are at fault
-	Packet  func(local netip.Addr) (PacketSocket, error)                 // bound to an address and any port; nil: no UDP
-
-	ConnectTimeout   time.Duration   // for TCP to one server, looking up its name included; 0: 10 s
-	HandshakeTimeout time.Duration   // from the greeting to the reply; 0: 30 s
-	MaxFail          int             // faults in a row that make a server bad; 0: 1
-	BadExpire        time.Duration   // how long a bad server is asked last; 0: 30 s
-	Log              *slog.Logger    // nil: silent
-	Rand             func(n int) int // a number below n, for BALANCE; nil: math/rand/v2
+// target is the server's place as another server is asked for it.
+func (s *Server) target() flow.Target {
+	return flow.Target{Name: s.Host, Addr: s.Addr.Addr(), Port: s.Addr.Port()}
 }
 
-// Pool knows the health of servers. It lives as long as the daemon: servers
-// are recognized by name and address, so that a reload forgets nothing.
-type Pool struct {
-	options atomic.Pointer[Options]
-	mu      sync.Mutex
-	health  map[key]*health
-}
-
+// key tells servers apart, also those of different plans.
 type key struct {
 	name, host string
 	addr       netip.AddrPort
+	protocol   Protocol
+	tls        bool
+	via        string
 }
 
-type health struct {
-	fails      int       // in a row
-	badUntil   time.Time // zero: good
-	carried    uint64    // flows
-	faults     uint64
-	noUDP      time.Time // until then it is not asked for UDP, which it does not have
-	associated uint64    // UDP associations
+func (s *Server) key() key {
+	k := key{s.Name, s.Host, s.Addr, s.Protocol, s.TLS != nil, ""}
+	for v := s.Via; v != nil; v = v.Via {
+		k.via += v.Name + "=" + v.address() + ">"
+	}
+	return k
 }
 
-// New returns a pool that knows nothing bad of any server.
-func New(o Options) *Pool {
+// Same tells whether two servers are one and the same, in different plans.
+func (s *Server) Same(t *Server) bool { return s == t || s != nil && t != nil && s.key() == t.key() }
+
+// Options is how a Pool connects. Dial is needed, the rest has defaults.
+type Options struct {
+	Dial    func(ctx context.Context, from Local, to netip.AddrPort) (net.Conn, error)
+	Resolve func(ctx context.Context, host string) ([]netip.Addr, error) // nil: servers given by name are at fault, and names cannot be asked of SOCKS4
+	Packet  func(from Local) (PacketSocket, error)                       // bound to the address of from and any port; nil: no UDP
+
+	ConnectTimeout   time.Duration // until a server has greeted: its name, TCP, TLS, authentication; 0: 10 s
+	HandshakeTimeout time.Duration // from the request to the reply; 0: 30 s
+	MaxFail          int           // faults in a row that make a server bad; 0: 1
+	BadExpire        time.Duration // how long a bad server that no probe has found well waits for a flow to try it; 0: 30 s
+	Interval         time.Duration // between probes of a server that is well; 0: none
+	Probe            flow.Target   // what a probe connects to; the zero value: it ends with the greeting
+
+	Log  *slog.Logger    // nil: silent
+	Rand func(n int) int // a number below n; nil: math/rand/v2
+}
+
+// Pool knows the health of servers. It lives as long as the daemon: servers
+// are recognized by what they are, so that a reload forgets nothing. Make it
+// with New and end it with Close.
+type Pool struct {
+	options atomic.Pointer[Options]
+	ctx     context.Context // of all that the pool does by itself
+	end     context.CancelFunc
+	tasks   sync.WaitGroup
+
+	mu     sync.Mutex
+	health map[key]*health
+}
+
+// New returns a pool that knows nothing bad of any server; see Configure.
+func New(o Options, servers []*Server) *Pool {
 	p := &Pool{health: map[key]*health{}}
-	p.Configure(o)
+	p.ctx, p.end = context.WithCancel(context.Background())
+	p.Configure(o, servers)
 	return p
 }
 
-// Configure changes how the pool connects from the next flow on. What it knows
-// of the servers stays.
-func (p *Pool) Configure(o Options) {
+// Configure changes how the pool connects from the next flow on. Servers are
+// those in use from now on: what is known of them stays, what is known of
+// others is forgotten.
+func (p *Pool) Configure(o Options, servers []*Server) {
 	def := func(d *time.Duration, v time.Duration) {
 		if *d == 0 {
 			*d = v
@@ -110,229 +179,185 @@ func (p *Pool) Configure(o Options) {
 		o.Rand = rand.IntN
 	}
 	p.options.Store(&o)
+	p.keep(servers)
 }
 
-// state returns the health of s. The lock is held.
-func (p *Pool) state(s *Server) *health {
-	k := key{s.Name, s.Host, s.Addr}
+// Close ends what the pool does by itself, and its warm connections. Those that
+// carry flows are not the pool's.
+func (p *Pool) Close() {
+	p.mu.Lock()
+	p.end()
+	all := p.health
+	p.health = map[key]*health{}
+	p.mu.Unlock()
+	for _, h := range all {
+		h.retire()
+	}
+	p.tasks.Wait()
+}
+
+// task runs f on a goroutine that Close waits for. After Close it does nothing.
+func (p *Pool) task(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ctx.Err() == nil {
+		p.tasks.Go(f)
+	}
+}
+
+// of returns what is known of s.
+func (p *Pool) of(s *Server) *health {
+	if h := s.health.Load(); h != nil && h.p == p && !h.retired.Load() {
+		return h
+	}
+	k := s.key()
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	h := p.health[k]
 	if h == nil {
-		h = &health{}
+		h = &health{p: p, server: s}
 		p.health[k] = h
 	}
+	s.health.Store(h)
 	return h
 }
 
-// Status is what the pool knows of a server.
-type Status struct {
-	Name    string `json:"name"`
-	Address string `json:"address"`
-	Up      bool   `json:"up"`      // false: bad, asked last
-	Carried uint64 `json:"carried"` // flows since the start
-	Faults  uint64 `json:"faults"`  // since the start
-
-	Associations uint64 `json:"associations"`  // for UDP, since the start
-	UDP          string `json:"udp,omitempty"` // "yes" or "no"; empty: nobody has asked lately
-}
-
-// Status returns what is known of the servers given, in their order.
-func (p *Pool) Status(servers []*Server) []Status {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	list := make([]Status, len(servers))
-	for i, s := range servers {
-		h := p.state(s)
-		list[i] = Status{
-			Name: s.Name, Address: s.address(), Up: !time.Now().Before(h.badUntil), Carried: h.carried, Faults: h.faults,
-			Associations: h.associated,
-		}
-		switch {
-		case s.UDP == UDPOff || time.Now().Before(h.noUDP):
-			list[i].UDP = "no"
-		case h.associated > 0:
-			list[i].UDP = "yes"
+// keep forgets all servers but those given and what they are reached through.
+func (p *Pool) keep(servers []*Server) {
+	used := map[key]bool{}
+	for _, s := range servers {
+		for ; s != nil; s = s.Via {
+			used[s.key()] = true
 		}
 	}
-	return list
+	var gone []*health
+	p.mu.Lock()
+	for k, h := range p.health {
+		if !used[k] {
+			delete(p.health, k)
+			gone = append(gone, h)
+		}
+	}
+	p.mu.Unlock()
+	for _, h := range gone {
+		h.retire()
+	}
+	for _, s := range servers {
+		for ; s != nil; s = s.Via {
+			p.of(s).adopt(s)
+		}
+	}
 }
 
-// Connect asks the servers in their order, or in a random one if balance, to
-// connect to t, until one does. Bad servers are asked after the good ones. It
-// returns the connection, on which the flow's bytes follow, and the server.
+// Request is what a flow asks of a list of servers.
+type Request struct {
+	To  flow.Target
+	Src netip.Addr // the client, for Hash; invalid: unknown
+	// Early returns the first bytes of the flow that the client has said, which
+	// may be sent ahead to a server that is known to take them. It waits up to
+	// the time given if there are none, and returns the same bytes when it is
+	// called again. Nil: nothing is sent ahead.
+	Early func(wait time.Duration) []byte
+}
+
+// Carried is a connection that carries a flow. Who gets one owns Conn, and
+// calls Done once when the flow is over.
+type Carried struct {
+	Conn   net.Conn // what Options.Dial returned, or TLS over it; the flow's bytes follow
+	Server *Server
+	Sent   int // how many bytes of Request.Early the server has had
+	h      *health
+}
+
+// Done says that the flow is over. On nil it does nothing.
+func (c *Carried) Done() {
+	if c != nil && c.h != nil {
+		c.h.left()
+	}
+}
+
+// Connect asks the servers of a group, in its order, to connect to where the
+// request wants to go, until one does. Servers that are bad are asked after the
+// good ones.
 //
-// The error is a socks.Reply where a server answered for the destination;
-// otherwise it names each server and its fault. If ctx ends no further server
-// is asked.
-func (p *Pool) Connect(ctx context.Context, servers []*Server, balance bool, t flow.Target) (net.Conn, *Server, error) {
-	var conn net.Conn
-	s, err := p.first(ctx, servers, balance, nil, func(s *Server) (err error) {
-		conn, err = p.ask(ctx, s, t)
+// The error is a socks.Reply, socks.Reply4 or socks.HTTPStatus where a server
+// answered for the destination; otherwise it names each server and its fault.
+// In either case the server that answered last is in the error, as a
+// ServerError. If ctx ends no further server is asked.
+func (p *Pool) Connect(ctx context.Context, g *Group, r Request) (*Carried, error) {
+	var c *Carried
+	err := p.first(ctx, g, r, nil, func(s *Server, h *health, soft time.Duration) (err error) {
+		c, err = p.carry(ctx, s, h, r, soft)
 		return err
 	})
 	if err != nil {
-		return nil, s, err
+		return nil, err
 	}
-	p.good(s, func(h *health) { h.carried++ })
-	return conn, s, nil
+	return c, nil
 }
 
 // first asks the servers in their order, preferred before all others, until one
-// does what ask asks of it, and returns that one, or the one that answered for
-// the destination.
-func (p *Pool) first(ctx context.Context, servers []*Server, balance bool, preferred *Server, ask func(*Server) error) (*Server, error) {
-	if len(servers) == 0 {
-		return nil, errors.New("upstream: no server")
+// does what ask asks of it. Servers that are bad, and those that are being
+// tried by another flow, come last.
+func (p *Pool) first(ctx context.Context, g *Group, r Request, preferred *Server, ask func(*Server, *health, time.Duration) error) error {
+	if len(g.Servers) == 0 {
+		return errors.New("upstream: no server")
 	}
 	var room [8]*Server
-	order := p.order(room[:0], servers, balance, preferred)
+	order := p.order(room[:0], g, r, preferred)
 	var faults []error
-	for _, s := range order {
-		err := ask(s)
-		if err == nil {
-			return s, nil
+	var last []*Server
+	for i := 0; i < len(order)+len(last); i++ {
+		var s *Server
+		forced := i >= len(order)
+		if forced {
+			s = last[i-len(order)]
+		} else {
+			s = order[i]
 		}
-		err = &ServerError{s, err}
-		switch judge(err) {
-		case destination:
-			p.good(s, nil)
-			return s, err
-		case fault:
-			if ctx.Err() == nil {
-				p.bad(s, err)
+		h := p.of(s)
+		how, in, err := h.enter(forced)
+		switch {
+		case err != nil: // it has its limits
+		case !in:
+			last = append(last, s)
+			continue
+		default:
+			soft := time.Duration(0)
+			if i+1 < len(order) && !forced && p.anyGood(order[i+1:]) {
+				soft = h.patience()
 			}
-		case incapable:
-			p.good(s, nil)
+			err = ask(s, h, soft)
+			if err == nil {
+				h.leave(how, well, nil)
+				return nil
+			}
+			v := judge(err)
+			if v == fault && ctx.Err() != nil {
+				v = unknown // it was not given the time
+			}
+			h.leave(how, v, err)
+			if v == destination {
+				return &ServerError{s, err}
+			}
 		}
-		faults = append(faults, err)
+		faults = append(faults, &ServerError{s, err})
 		if ctx.Err() != nil {
+			faults = append(faults, ctx.Err())
 			break
 		}
 	}
-	return nil, errors.Join(faults...)
+	return errors.Join(faults...)
 }
 
-// order appends the servers to l as they are to be asked.
-func (p *Pool) order(l, servers []*Server, balance bool, preferred *Server) []*Server {
-	l = append(l, servers...)
-	if balance {
-		for i := len(l) - 1; i > 0; i-- {
-			j := p.options.Load().Rand(i + 1)
-			l[i], l[j] = l[j], l[i]
+// anyGood tells whether one of the servers would be asked in its turn.
+func (p *Pool) anyGood(servers []*Server) bool {
+	for _, s := range servers {
+		if p.of(s).up() {
+			return true
 		}
 	}
-	if len(l) < 2 {
-		return l
-	}
-	if i := slices.Index(l, preferred); i > 0 {
-		copy(l[1:i+1], l[:i])
-		l[0] = preferred
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	now := time.Now()
-	good := 0
-	for i, s := range l { // a stable partition: the good ones move forward
-		if now.Before(p.state(s).badUntil) {
-			continue
-		}
-		copy(l[good+1:i+1], l[good:i])
-		l[good] = s
-		good++
-	}
-	return l
-}
-
-// ask connects to one server and has it connect to t.
-func (p *Pool) ask(ctx context.Context, s *Server, t flow.Target) (net.Conn, error) {
-	conn, err := p.dial(ctx, s)
-	if err != nil {
-		return nil, err
-	}
-	err = p.handshake(ctx, conn, func() error {
-		_, err := socks.Connect(conn, t, s.options())
-		return err
-	})
-	if err != nil {
-		conn.Close()
-		return nil, err
-	}
-	return conn, nil
-}
-
-// options is how the server wants to be spoken to.
-func (s *Server) options() socks.Options { return socks.Options{Auth: s.Auth, Pipeline: s.Pipeline} }
-
-// handshake runs f, which talks on conn, within the limits.
-func (p *Pool) handshake(ctx context.Context, conn net.Conn, f func() error) error {
-	conn.SetDeadline(time.Now().Add(p.options.Load().HandshakeTimeout))
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	err := f()
-	if !stop() {
-		return ctx.Err() // its deadline would outlive the handshake
-	}
-	if err == nil {
-		err = conn.SetDeadline(time.Time{})
-	}
-	return err
-}
-
-func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, p.options.Load().ConnectTimeout)
-	defer cancel()
-	if s.Host == "" {
-		return p.options.Load().Dial(ctx, s.Addr)
-	}
-	if p.options.Load().Resolve == nil {
-		return nil, errors.New("no way to resolve its name")
-	}
-	addrs, err := p.options.Load().Resolve(ctx, s.Host)
-	if err == nil && len(addrs) == 0 {
-		err = errors.New("its name has no address")
-	}
-	end, _ := ctx.Deadline()
-	for i, a := range addrs {
-		// An equal share of what is left, so that a silent address (IPv6 that
-		// leads nowhere) leaves time for the next.
-		share, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(len(addrs)-i))
-		var conn net.Conn
-		conn, err = p.options.Load().Dial(share, netip.AddrPortFrom(a, s.Addr.Port()))
-		cancel()
-		if err == nil {
-			return conn, nil
-		}
-	}
-	return nil, err
-}
-
-// good notes that s answered as a server should, and what else there is to
-// note.
-func (p *Pool) good(s *Server, also func(*health)) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	h := p.state(s)
-	if also != nil {
-		also(h)
-	}
-	h.fails = 0
-	if !h.badUntil.IsZero() {
-		h.badUntil = time.Time{}
-		p.options.Load().Log.Info("server is back", "upstream", s.Name)
-	}
-}
-
-// bad notes a fault of s.
-func (p *Pool) bad(s *Server, err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	h := p.state(s)
-	h.faults++
-	if h.fails++; h.fails < p.options.Load().MaxFail {
-		return
-	}
-	if h.badUntil.IsZero() {
-		p.options.Load().Log.Warn("server is asked last from now on", "upstream", s.Name, "for", p.options.Load().BadExpire, "err", err)
-	}
-	h.badUntil = time.Now().Add(p.options.Load().BadExpire)
+	return false
 }
 
 // ServerError is what went wrong with one server.
@@ -343,49 +368,9 @@ type ServerError struct {
 
 // Error names the server and its address before the cause.
 func (e *ServerError) Error() string {
-	return fmt.Sprintf("upstream: %s (%s): %s", e.Server.Name, e.Server.address(), strings.TrimPrefix(e.Err.Error(), "socks: "))
+	text := strings.TrimPrefix(e.Err.Error(), "upstream: ")
+	return fmt.Sprintf("upstream: %s (%s): %s", e.Server.Name, e.Server.address(), strings.TrimPrefix(text, "socks: "))
 }
 
 // Unwrap returns the cause.
 func (e *ServerError) Unwrap() error { return e.Err }
-
-// verdict is whose fault an error is.
-type verdict uint8
-
-const (
-	fault       verdict = iota // the server's: ask the next, remember it
-	incapable                  // the server cannot do this: ask the next
-	ours                       // this host's own, or it was not asked: ask the next, nothing is known of the server
-	destination                // nobody else will do better
-)
-
-// judge tells a server's fault from a destination's, by what each reply is
-// used for in practice. General failure is ambiguous: some servers send it for
-// a name that does not exist, so it moves this flow on and blames nobody.
-func judge(err error) verdict {
-	if errors.Is(err, socks.ErrTooLong) {
-		return incapable // nothing was said to it
-	}
-	var none *noUDP
-	if errors.As(err, &none) {
-		if !none.asked {
-			return ours
-		}
-		return incapable
-	}
-	// No descriptor, no memory, no port left.
-	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
-		if errors.Is(err, e) {
-			return ours
-		}
-	}
-	var r socks.Reply
-	if !errors.As(err, &r) {
-		return fault
-	}
-	switch r {
-	case socks.NotAllowed, socks.NetworkUnreachable, socks.HostUnreachable, socks.ConnectionRefused, socks.TTLExpired:
-		return destination
-	}
-	return incapable
-}

@@ -1,0 +1,396 @@
+package upstream
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/socks"
+)
+
+// maxAddresses is how many addresses of a name a SOCKS4 server is asked for, one
+// after the other.
+const maxAddresses = 3
+
+var (
+	errNoIPv4       = errors.New("upstream: the name has no IPv4 address")
+	errNeedsAddress = errors.New("upstream: the server takes no names")
+)
+
+// carry has s connect to where r wants to go. Soft, if it is not 0, takes the
+// place of the connect limit.
+func (p *Pool) carry(ctx context.Context, s *Server, h *health, r Request, soft time.Duration) (*Carried, error) {
+	if r.To.Name == "" || !h.speaks4(s) {
+		c, err := p.carryTo(ctx, s, h, r, soft)
+		if !errors.Is(err, errNeedsAddress) {
+			return c, err
+		}
+	}
+	addrs, err := p.resolve4(ctx, r.To.Name)
+	if err != nil {
+		return nil, err
+	}
+	var c *Carried
+	for _, a := range addrs {
+		r.To = flow.Target{Addr: a, Port: r.To.Port}
+		if c, err = p.carryTo(ctx, s, h, r, soft); judge(err) != destination {
+			break
+		}
+	}
+	return c, err
+}
+
+// resolve4 looks up a name's IPv4 addresses, for a server that takes no name.
+func (p *Pool) resolve4(ctx context.Context, name string) ([]netip.Addr, error) {
+	o := p.options.Load()
+	if o.Resolve == nil {
+		return nil, fmt.Errorf("%w that could be asked for", errNoIPv4)
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.ConnectTimeout)
+	defer cancel()
+	addrs, err := o.Resolve(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNoIPv4, err)
+	}
+	addrs = slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return !a.Unmap().Is4() })
+	if len(addrs) == 0 {
+		return nil, errNoIPv4
+	}
+	return addrs[:min(len(addrs), maxAddresses)], nil
+}
+
+// carryTo is carry for a target that the server takes as it is: on a warm
+// connection if there is one that the server has not given up meanwhile, else
+// on one of its own.
+func (p *Pool) carryTo(ctx context.Context, s *Server, h *health, r Request, soft time.Duration) (*Carried, error) {
+	ahead := h.aheadNow(s)
+	if conn, proto := h.takeWarm(s); conn != nil {
+		c, err := p.on(ctx, conn, proto, s, h, r, ahead)
+		if v := judge(err); v != fault && !errors.As(err, new(*silentEnd)) || ctx.Err() != nil || errors.Is(err, errSilent) {
+			return c, err
+		}
+	}
+	limit := p.options.Load().ConnectTimeout
+	if soft != 0 {
+		limit = min(soft, limit)
+	}
+	if ahead >= PipelineGreeting && s.Protocol == Socks5 {
+		return p.pipelined(ctx, s, h, r, limit, ahead)
+	}
+	setup, cancel := context.WithTimeout(ctx, limit)
+	conn, proto, err := p.ready(setup, s)
+	cancel()
+	if err != nil {
+		return nil, err
+	}
+	return p.on(ctx, conn, proto, s, h, r, ahead)
+}
+
+// on has s connect, on a connection that is ready for the request.
+func (p *Pool) on(ctx context.Context, conn net.Conn, proto Protocol, s *Server, h *health, r Request, ahead Pipeline) (*Carried, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.options.Load().HandshakeTimeout)
+	defer cancel()
+	c, err := p.request(ctx, conn, proto, s, r, ahead)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return h.carries(c), nil
+}
+
+// carries counts a flow in.
+func (h *health) carries(c *Carried) *Carried {
+	h.flows.Add(1)
+	h.mu.Lock()
+	h.carried++
+	h.mu.Unlock()
+	c.h = h
+	return c
+}
+
+// request asks for the connection to where r wants to go. The connection stays
+// the caller's if there is an error.
+func (p *Pool) request(ctx context.Context, conn net.Conn, proto Protocol, s *Server, r Request, ahead Pipeline) (*Carried, error) {
+	if proto == Socks4 && r.To.Name != "" {
+		return nil, errNeedsAddress
+	}
+	c := &Carried{Conn: conn, Server: s}
+	early := r.said(ahead, 0)
+	err := within(ctx, conn, "request", func() (err error) {
+		switch proto {
+		case Socks4, Socks4A:
+			user := ""
+			if s.Auth != nil {
+				user = s.Auth.Username
+			}
+			_, err = socks.Connect4(conn, r.To, user, early)
+		case HTTP:
+			err = socks.ConnectHTTP(conn, r.To, s.Auth, early)
+		default:
+			if err = socks.SendAsk(conn, r.To, early); err == nil {
+				early, err = p.later(conn, s, r, ahead, early)
+			}
+			if err == nil {
+				_, err = socks.ReadReply(conn)
+			}
+		}
+		return ended(err)
+	})
+	p.speaks(s, proto, err)
+	c.Sent = len(early)
+	return c, err
+}
+
+// later sends what the client says while the request is on its way. Half a round
+// trip is waited for it, in which no reply can come.
+func (p *Pool) later(conn net.Conn, s *Server, r Request, ahead Pipeline, early []byte) ([]byte, error) {
+	if len(early) > 0 || ahead != PipelineData {
+		return early, nil
+	}
+	if early = r.said(ahead, p.of(s).halfTrip()); len(early) == 0 {
+		return nil, nil
+	}
+	_, err := conn.Write(early)
+	return early, err
+}
+
+// said returns the first bytes of the flow, if they may be sent ahead.
+func (r Request) said(ahead Pipeline, wait time.Duration) []byte {
+	if ahead != PipelineData || r.Early == nil {
+		return nil
+	}
+	return r.Early(wait)
+}
+
+// ended tells a connection that was closed where a reply should begin or go on
+// from other errors.
+func ended(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+		return &silentEnd{err}
+	}
+	return err
+}
+
+// pipelined connects and sends all messages at once.
+func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, limit time.Duration, ahead Pipeline) (*Carried, error) {
+	setup, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	start := time.Now()
+	conn, err := p.reach(setup, s)
+	if err != nil {
+		return nil, err
+	}
+	early := r.said(ahead, 0)
+	err = within(setup, conn, "greeting", func() (err error) {
+		if err = socks.SendPipelined(conn, r.To, s.Auth, early); err == nil {
+			early, err = p.later(conn, s, r, ahead, early)
+		}
+		if err == nil {
+			err = socks.ReadGreeting(conn, s.Auth)
+		}
+		return err
+	})
+	if err == nil {
+		h.took(time.Since(start))
+		ctx, cancel := context.WithTimeout(ctx, p.options.Load().HandshakeTimeout)
+		defer cancel()
+		err = within(ctx, conn, "request", func() error {
+			_, err := socks.ReadReply(conn)
+			return ended(err)
+		})
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return h.carries(&Carried{Conn: conn, Server: s, Sent: len(early)}), nil
+}
+
+// ready returns a connection to s that can be asked for a destination, and in
+// which protocol.
+func (p *Pool) ready(ctx context.Context, s *Server) (net.Conn, Protocol, error) {
+	h := p.of(s)
+	start := time.Now()
+	conn, err := p.reach(ctx, s)
+	if err != nil {
+		return nil, 0, err
+	}
+	proto := s.Protocol
+	if proto == SocksAny {
+		proto = Socks5
+		if h.speaks4(s) {
+			proto = Socks4
+		}
+	}
+	if proto == Socks5 {
+		err = within(ctx, conn, "greeting", func() error { return socks.Greet(conn, s.Auth) })
+		if err != nil {
+			conn.Close()
+			if s.Protocol != SocksAny || !knowsNo5(err) {
+				return nil, 0, err
+			}
+			if conn, err = p.reach(ctx, s); err != nil {
+				return nil, 0, err
+			}
+			proto = Socks4
+			p.speaks(s, Socks4, nil) // until it shows that it does not
+		} else {
+			p.speaks(s, Socks5, nil)
+		}
+	}
+	h.took(time.Since(start))
+	h.learn(s)
+	return conn, proto, nil
+}
+
+// knowsNo5 tells whether a greeting failed as it does with a server that knows
+// only version 4: it answers in that version, or hangs up.
+func knowsNo5(err error) bool {
+	return errors.Is(err, socks.ErrVersion) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF)
+}
+
+// speaks notes which version a server of SocksAny speaks, by what it answered
+// in proto.
+func (p *Pool) speaks(s *Server, proto Protocol, err error) {
+	if s.Protocol != SocksAny {
+		return
+	}
+	v := uint8(5)
+	if proto == Socks4 {
+		v = 4
+		if judge(err) == fault || judge(err) == unknown {
+			v = 0
+		}
+	}
+	h := p.of(s)
+	h.mu.Lock()
+	h.version = v
+	h.mu.Unlock()
+}
+
+// speaks4 tells whether s takes no names.
+func (h *health) speaks4(s *Server) bool {
+	if s.Protocol != SocksAny {
+		return s.Protocol == Socks4
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.version == 4
+}
+
+// reach returns a connection to s itself: from here or through the server
+// before it, and TLS over that if s has it.
+func (p *Pool) reach(ctx context.Context, s *Server) (conn net.Conn, err error) {
+	start := time.Now()
+	if s.Via == nil {
+		conn, err = p.dial(ctx, s)
+	} else {
+		conn, err = p.through(ctx, s)
+	}
+	if err == nil {
+		h := p.of(s)
+		h.smooth(&h.trip, time.Since(start))
+	}
+	if err != nil || s.TLS == nil {
+		return conn, err
+	}
+	t := tls.Client(conn, s.TLS)
+	if err := t.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("upstream: TLS: %w", late(ctx, "TLS handshake", err))
+	}
+	return t, nil
+}
+
+// through has the server before s connect to it.
+func (p *Pool) through(ctx context.Context, s *Server) (net.Conn, error) {
+	h := p.of(s.Via)
+	how, in, err := h.enter(true)
+	if !in {
+		return nil, &hopError{s.Via, err}
+	}
+	c, err := p.carry(ctx, s.Via, h, Request{To: s.target()}, 0)
+	v := judge(err)
+	if v == fault && ctx.Err() != nil && !errors.Is(err, errSilent) {
+		v = unknown
+	}
+	h.leave(how, v, err)
+	if err != nil {
+		return nil, &hopError{s.Via, err}
+	}
+	c.Done()
+	return c.Conn, nil
+}
+
+// dial connects to s from here.
+func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
+	o := p.options.Load()
+	if s.Host == "" {
+		conn, err := o.Dial(ctx, s.From, s.Addr)
+		return conn, late(ctx, "connection", err)
+	}
+	if o.Resolve == nil {
+		return nil, errors.New("no way to resolve its name")
+	}
+	addrs, err := o.Resolve(ctx, s.Host)
+	if err == nil && len(addrs) == 0 {
+		err = errors.New("its name has no address")
+	}
+	end, limited := ctx.Deadline()
+	if !limited {
+		end = time.Now().Add(o.ConnectTimeout)
+	}
+	for i, a := range addrs {
+		// An equal share of what is left, so that a silent address (IPv6 that
+		// leads nowhere) leaves time for the next.
+		share, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(len(addrs)-i))
+		var conn net.Conn
+		conn, err = o.Dial(share, s.From, netip.AddrPortFrom(a, s.Addr.Port()))
+		cancel()
+		if err == nil {
+			return conn, nil
+		}
+	}
+	return nil, late(ctx, "connection", err)
+}
+
+// errSilent is a time limit that a server let pass.
+var errSilent = errors.New("upstream: no answer in time")
+
+// late says what was waited for, if err is that the time was over.
+func late(ctx context.Context, what string, err error) error {
+	if err == nil || !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return ctx.Err()
+	}
+	return fmt.Errorf("%w: %s", errSilent, what)
+}
+
+// within runs f, which talks on conn, until ctx ends.
+func within(ctx context.Context, conn net.Conn, what string, f func() error) error {
+	if end, ok := ctx.Deadline(); ok {
+		conn.SetDeadline(end)
+	}
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	err := f()
+	if !stop() {
+		if err == nil {
+			err = ctx.Err() // the deadline would outlive f
+		}
+		return late(ctx, what, err)
+	}
+	if err == nil {
+		return conn.SetDeadline(time.Time{})
+	}
+	return late(ctx, what, err)
+}
