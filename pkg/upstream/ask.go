@@ -297,7 +297,9 @@ func (p *Pool) reach(ctx context.Context, s *Server) (conn net.Conn, err error) 
 	}
 	if err == nil {
 		h := p.of(s)
-		h.smooth(&h.trip, time.Since(start))
+		h.mu.Lock()
+		h.trip.saw(time.Since(start), time.Now())
+		h.mu.Unlock()
 	}
 	if err != nil || s.TLS == nil {
 		return conn, err

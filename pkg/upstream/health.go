@@ -40,7 +40,7 @@ type health struct {
 	trial    bool          // a flow is trying it
 	retry    time.Time     // when a flow may, whatever probes say
 	setup    time.Duration // until it has greeted, smoothed; 0: not known
-	trip     time.Duration // until it has answered a SYN, or its chain has led to it, smoothed; 0: not known
+	trip     trip          // until it has answered a SYN, or its chain has led to it
 	version  uint8         // of SocksAny: 5 or 4; 0: not known
 	pipeline Pipeline      // what a probe has seen it accept; PipelineAuto: nothing is known
 	learned  time.Time     // when
@@ -134,16 +134,34 @@ func (h *health) up() bool {
 }
 
 // took notes how long it was until the server had greeted.
-func (h *health) took(d time.Duration) { h.smooth(&h.setup, d) }
-
-// smooth lets a value follow what is measured.
-func (h *health) smooth(v *time.Duration, d time.Duration) {
+func (h *health) took(d time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if *v == 0 {
-		*v = d
+	if h.setup == 0 {
+		h.setup = d
 	} else {
-		*v += (d - *v) / 8
+		h.setup += (d - h.setup) / 8
+	}
+}
+
+// trip is a round trip: the shortest that was seen in the last tripAge or two.
+// Longer ones tell more of how busy this host is.
+type trip struct {
+	best, next time.Duration // 0: not known
+	since      time.Time     // of next
+}
+
+const tripAge = 5 * time.Minute
+
+func (t *trip) saw(d time.Duration, now time.Time) {
+	if now.Sub(t.since) > tripAge {
+		t.best, t.next, t.since = t.next, 0, now
+	}
+	if t.next == 0 || d < t.next {
+		t.next = d
+	}
+	if t.best == 0 || d < t.best {
+		t.best = d
 	}
 }
 

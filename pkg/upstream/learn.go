@@ -37,7 +37,7 @@ func (h *health) aheadNow(s *Server) Pipeline {
 func (h *health) halfTrip() time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return min(h.trip/2, 50*time.Millisecond)
+	return min(h.trip.best/2, 50*time.Millisecond)
 }
 
 // learn finds out what s can be sent ahead, if that is worth knowing and not
@@ -45,7 +45,7 @@ func (h *health) halfTrip() time.Duration {
 func (h *health) learn(s *Server) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if s.Pipeline != PipelineAuto || s.Protocol != Socks5 || h.trip < worthwhile || time.Since(h.learned) < learnPause && !h.learned.IsZero() {
+	if s.Pipeline != PipelineAuto || s.Protocol != Socks5 || h.trip.best < worthwhile || time.Since(h.learned) < learnPause && !h.learned.IsZero() {
 		return
 	}
 	h.learned = time.Now()

@@ -43,7 +43,7 @@ type ready struct {
 func (h *health) takeWarm(s *Server) (net.Conn, Protocol) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.trip < worthwhile {
+	if h.trip.best < worthwhile {
 		return nil, 0
 	}
 	w := &h.warm
