@@ -333,7 +333,7 @@ func (p *Pool) first(ctx context.Context, g *Group, r Request, preferred *Server
 				return nil
 			}
 			v := judge(err)
-			if v == fault && ctx.Err() != nil {
+			if v == fault && over(ctx) != nil {
 				v = unknown // it was not given the time
 			}
 			h.leave(how, v, err)
@@ -342,12 +342,21 @@ func (p *Pool) first(ctx context.Context, g *Group, r Request, preferred *Server
 			}
 		}
 		faults = append(faults, &ServerError{s, err})
-		if ctx.Err() != nil {
-			faults = append(faults, ctx.Err())
+		if err := over(ctx); err != nil {
+			faults = append(faults, err)
 			break
 		}
 	}
 	return errors.Join(faults...)
+}
+
+// over returns why ctx has ended, nil if it has not. A connection can know it
+// first.
+func over(ctx context.Context) error {
+	if end, ok := ctx.Deadline(); ok && ctx.Err() == nil && !time.Now().Before(end) {
+		return context.DeadlineExceeded
+	}
+	return ctx.Err()
 }
 
 // anyGood tells whether one of the servers would be asked in its turn.
