@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/tproxyd/tproxyd/internal/daemon"
@@ -41,19 +43,24 @@ func (s *source) load(e *env) (*daemon.Setup, error) {
 
 func checkCommand(e *env) *cobra.Command {
 	var src source
-	var verbose bool
+	var verbose, probe bool
 	c := &cobra.Command{
-		Use:   "check [-c FILE | --routes FILE]",
+		Use:   "check [-v] [--probe] [-c FILE | --routes FILE]",
 		Short: "Report every mistake in the files",
 		Long: `Report every error and warning of the files in one run, one a line:
 FILE:LINE:COL: error E05: text. The exit status is 2 if there is an error.
-Warnings alone leave it 0.`,
-		Example: "  tproxyd check -c /etc/tproxyd/tproxyd.toml\n  tproxyd check -v --routes socks.cnf",
+Warnings alone leave it 0.
+
+With --probe each server is also asked what it can do, over the network: to
+greet, to connect by name, IPv4 and IPv6, to carry UDP, to listen (BIND), and
+what it takes ahead of its answers. The exit status is 1 if one does not greet.`,
+		Example: "  tproxyd check -c /etc/tproxyd/tproxyd.toml\n  tproxyd check -v --routes socks.cnf\n  tproxyd check --probe",
 		Args:    cobra.NoArgs,
 	}
 	src.flags(c)
 	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "also print the rules as they apply, the implicit ones first, which the kernel decides, and what UDP holds at most")
-	c.RunE = func(*cobra.Command, []string) error {
+	c.Flags().BoolVar(&probe, "probe", false, "also ask the servers what they can do")
+	c.RunE = func(c *cobra.Command, _ []string) error {
 		setup, err := src.load(e)
 		if err != nil {
 			return err
@@ -64,9 +71,37 @@ Warnings alone leave it 0.`,
 				relay.UDPMaxSessions, relay.UDPMaxFlows, relay.UDPMaxQueued>>20, relay.UDPMaxMemory>>20)
 		}
 		fmt.Fprintf(e.stdout, "ok: %d rules, %d servers\n", len(setup.Table.Rules()), len(setup.Table.Servers()))
+		if probe {
+			return e.probe(c.Context(), setup)
+		}
 		return nil
 	}
 	return c
+}
+
+// probe prints what the servers can do.
+func (e *env) probe(ctx context.Context, setup *daemon.Setup) error {
+	list, err := setup.Probe(ctx)
+	if err != nil {
+		return &failure{err}
+	}
+	var silent []string
+	for _, s := range list {
+		for _, a := range s.Abilities {
+			has := "no "
+			if a.Has {
+				has = "yes"
+			}
+			fmt.Fprintf(e.stdout, "%-16s %-12s  %s  %s\n", s.Name, a.What, has, a.Answer)
+		}
+		if !s.Abilities[0].Has {
+			silent = append(silent, s.Name)
+		}
+	}
+	if silent != nil {
+		return &failure{fmt.Errorf("check: no greeting from: %s", strings.Join(silent, ", "))}
+	}
+	return nil
 }
 
 // printRules lists the rules in the order in which they apply.

@@ -115,6 +115,9 @@ func (e exporter) Collect(out chan<- prometheus.Metric) {
 		gauge("upstream_up", "Whether the server is asked in its turn; 0: last.", up, "server", u.Name)
 		counter("upstream_flows", "Flows that the server carried.", u.Carried, "server", u.Name)
 		counter("upstream_faults", "Faults of the server.", u.Faults, "server", u.Name)
+		gauge("upstream_flows", "Flows that the server carries.", float64(u.Flows), "server", u.Name)
+		gauge("upstream_setup_seconds", "How long it takes until the server has greeted; 0: not known.", u.Setup, "server", u.Name)
+		gauge("upstream_warm", "Connections to the server that are made ahead of need.", float64(u.Warm), "server", u.Name)
 	}
 
 	q := "Questions answered."

@@ -1,0 +1,68 @@
+package daemon
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+
+	"github.com/tproxyd/tproxyd/pkg/upstream"
+	"golang.org/x/sys/unix"
+)
+
+// ServerReport is what a server was seen to be able to do.
+type ServerReport struct {
+	Name      string             `json:"name"`
+	Abilities []upstream.Ability `json:"abilities"`
+}
+
+// Probe asks every server of the rules, in every protocol and by every chain
+// that they use, what it can do. It needs no daemon. Names of servers are
+// resolved as this host resolves them.
+func (s *Setup) Probe(ctx context.Context) ([]ServerReport, error) {
+	plan, err := s.plan()
+	if err != nil {
+		return nil, err
+	}
+	limits, health := s.Table.Limits(), s.Table.Health()
+	pool := upstream.New(upstream.Options{
+		Dial: func(ctx context.Context, from upstream.Local, to netip.AddrPort) (net.Conn, error) {
+			d := net.Dialer{}
+			if from.Addr.IsValid() {
+				d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from.Addr, 0))
+			}
+			if from.If != "" {
+				d.Control = bindTo(from.If)
+			}
+			return d.DialContext(ctx, "tcp", to.String())
+		},
+		Resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		},
+		ConnectTimeout:   limits.Connect,
+		HandshakeTimeout: limits.Handshake,
+		Probe:            health.Probe,
+	}, plan.Servers())
+	defer pool.Close()
+	list := make([]ServerReport, len(plan.Servers()))
+	var all sync.WaitGroup
+	for i, srv := range plan.Servers() {
+		all.Go(func() { list[i] = ServerReport{srv.Name, pool.Probe(ctx, srv)} })
+	}
+	all.Wait()
+	return list, ctx.Err()
+}
+
+// bindTo ties a socket to an interface.
+func bindTo(name string) func(network, address string, c syscall.RawConn) error {
+	return func(_, _ string, c syscall.RawConn) (err error) {
+		if e := c.Control(func(fd uintptr) {
+			err = os.NewSyscallError("setsockopt SO_BINDTODEVICE "+name, unix.BindToDevice(int(fd), name))
+		}); e != nil {
+			return e
+		}
+		return err
+	}
+}

@@ -1,0 +1,151 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/socks"
+)
+
+// Ability is one thing that a server was asked for.
+type Ability struct {
+	What   string `json:"what"`   // "greeting", "connect name", "connect ipv4", "connect ipv6", "pipeline", "udp", "bind"
+	Has    bool   `json:"has"`    // it can do it
+	Answer string `json:"answer"` // what it answered, or what went wrong
+}
+
+// probeLimit is for each thing that is asked.
+const probeLimit = 5 * time.Second
+
+// Probe asks s for all that a server can do, and returns the answers. It is
+// asked to connect to Options.Probe, and for the kinds of address that that is
+// not, or without it, to itself; a refusal by the destination shows the ability
+// too. If s does not greet, that is the only answer.
+func (p *Pool) Probe(ctx context.Context, s *Server) []Ability {
+	start := time.Now()
+	conn, proto, err := p.probing(ctx, s)
+	list := []Ability{ability("greeting", err, fmt.Sprintf("%s, %v", proto, time.Since(start).Round(100*time.Microsecond)))}
+	if err != nil {
+		return list
+	}
+	conn.Close()
+	o := p.options.Load()
+	for _, kind := range []struct {
+		what string
+		to   flow.Target
+		is   func(flow.Target) bool
+	}{
+		{"name", flow.Target{Name: "localhost"}, func(t flow.Target) bool { return t.Name != "" }},
+		{"ipv4", flow.Target{Addr: netip.AddrFrom4([4]byte{127, 0, 0, 1})}, func(t flow.Target) bool { return t.Name == "" && t.Addr.Is4() }},
+		{"ipv6", flow.Target{Addr: netip.IPv6Loopback()}, func(t flow.Target) bool { return t.Name == "" && t.Addr.Is6() }},
+	} {
+		kind.to.Port = s.Addr.Port()
+		if o.Probe != (flow.Target{}) && kind.is(o.Probe) {
+			kind.to = o.Probe
+		}
+		list = append(list, p.probeConnect(ctx, s, "connect "+kind.what, kind.to))
+	}
+	if proto == Socks5 {
+		got := p.learn(ctx, s, probeLimit)
+		list = append(list, Ability{"pipeline", got != PipelineOff, pipelineNames[got]})
+	}
+	list = append(list, p.probeUDP(ctx, s, proto))
+	if proto != HTTP {
+		list = append(list, p.probeBind(ctx, s, proto))
+	}
+	return list
+}
+
+// probing returns a connection that is ready to be asked for something.
+func (p *Pool) probing(ctx context.Context, s *Server) (net.Conn, Protocol, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.options.Load().ConnectTimeout)
+	defer cancel()
+	return p.ready(ctx, s)
+}
+
+// ability makes an answer of an error.
+func ability(what string, err error, done string) Ability {
+	if err == nil {
+		return Ability{what, true, done}
+	}
+	text := err.Error()
+	for _, place := range []string{"upstream: ", "socks: "} {
+		text = strings.TrimPrefix(text, place)
+	}
+	return Ability{what, judge(err) == destination, text}
+}
+
+func (p *Pool) probeConnect(ctx context.Context, s *Server, what string, to flow.Target) Ability {
+	conn, proto, err := p.probing(ctx, s)
+	if err != nil {
+		return ability(what, err, "")
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+	defer cancel()
+	_, err = p.request(ctx, conn, proto, s, Request{To: to}, PipelineOff)
+	if errors.Is(err, errNeedsAddress) {
+		return Ability{what, false, "SOCKS4 takes no names: they are resolved here"}
+	}
+	return ability(what, err, "done")
+}
+
+func (p *Pool) probeUDP(ctx context.Context, s *Server, proto Protocol) Ability {
+	if why := s.lacksUDP(); why != "" || proto != Socks5 {
+		if why == "" {
+			why = "it speaks SOCKS4"
+		}
+		return Ability{"udp", false, why}
+	}
+	conn, _, err := p.probing(ctx, s)
+	if err != nil {
+		return ability("udp", err, "")
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+	defer cancel()
+	var relay netip.AddrPort
+	err = within(ctx, conn, "reply", func() (err error) {
+		relay, err = socks.AssociateGreeted(conn, netip.AddrPort{})
+		return ended(err)
+	})
+	if err == nil {
+		relay, err = relayAddr(relay, addrPort(conn.RemoteAddr()).Addr())
+	}
+	a := ability("udp", err, "relay at "+relay.String())
+	a.Has = err == nil // a rule against it is not the destination's
+	return a
+}
+
+func (p *Pool) probeBind(ctx context.Context, s *Server, proto Protocol) Ability {
+	conn, _, err := p.probing(ctx, s)
+	if err != nil {
+		return ability("bind", err, "")
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, probeLimit)
+	defer cancel()
+	anybody := flow.Target{Addr: netip.IPv4Unspecified()}
+	var bound netip.AddrPort
+	err = within(ctx, conn, "reply", func() (err error) {
+		if proto == Socks5 {
+			bound, err = socks.Bind(conn, anybody)
+		} else {
+			user := ""
+			if s.Auth != nil {
+				user = s.Auth.Username
+			}
+			bound, err = socks.Bind4(conn, anybody, user)
+		}
+		return ended(err)
+	})
+	a := ability("bind", err, "listens at "+bound.String())
+	a.Has = err == nil
+	return a
+}
