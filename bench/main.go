@@ -2,9 +2,9 @@
 // beside plain kernel forwarding and beside a bare relay that does nothing but
 // splice(2), and prints one report.
 //
-// It needs root, Linux, and nothing else: load generators, SOCKS servers,
-// resolver and the bare relay are in this program, which runs itself again in
-// each namespace. It is bounded in time (under five minutes) and leaves nothing
+// It needs root, Linux, and for one table danted and microsocks: load generators,
+// SOCKS servers, resolver and the bare relay are in this program, which runs itself
+// again in each namespace. It is bounded in time (under five minutes) and leaves nothing
 // behind. All figures of one table come from interleaved runs; a cell is their
 // median.
 //
@@ -13,6 +13,7 @@
 //	throughput     TCP streams
 //	connections    new ones
 //	latency        of round trips and of first bytes
+//	far            first bytes with danted and microsocks 40 ms away
 //	prefixes       DIRECT traffic beside a large set
 //	dns            synthetic answers
 //	idle           memory and descriptors of TCP flows
@@ -93,7 +94,7 @@ func run(args []string, out io.Writer) error {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	program := f.String("tproxyd", "bin/tproxyd", "the `program` to measure")
 	quick := f.Bool("short", false, "a few seconds in all; the figures mean nothing")
-	only := f.String("only", "", "measure only tables with `name` in their name: throughput, connections, latency,\n"+
+	only := f.String("only", "", "measure only tables with `name` in their name: throughput, connections, latency, far,\n"+
 		"prefixes, dns, idle, udp-datagrams, udp-flows, udp-sessions")
 	if err := f.Parse(args); err != nil {
 		return err
