@@ -236,7 +236,10 @@ func (h *host) listenPacket(t testing.TB, network, addr string) net.PacketConn {
 // tools are the programs that the tests run, and Debian's packages of them.
 var tools = map[string]string{
 	"curl": "curl", "danted": "dante-server", "dig": "bind9-dnsutils", "hpsockd": "hpsockd", "ip": "iproute2",
-	"microsocks": "microsocks", "nft": "nftables", "ping": "iputils-ping", "unshare": "util-linux",
+	"microsocks": "microsocks", "nft": "nftables", "ping": "iputils-ping", "setpriv": "util-linux",
+	"ss-local": "shadowsocks-libev", "ss-server": "shadowsocks-libev", "ssh": "openssh-client",
+	"ssh-keygen": "openssh-client", "sshd": "openssh-server", "tinyproxy": "tinyproxy-bin", "unshare": "util-linux",
+	"v2ray": "v2ray",
 }
 
 // tool returns the path of a program, or fails with the package that has it.

@@ -28,6 +28,7 @@ type office struct {
 	int1Dante, int2Dante         *danted
 	d1Dante, p1Dante             *danted
 	corpDNS, privateDNS, inetDNS *nameServer
+	decoyDNS                     *nameServer // d1's
 	intranetWeb, dmzWeb          *webServer
 	privateWeb, inetWeb          *webServer
 }
@@ -85,7 +86,7 @@ func newOffice(t testing.TB) *office {
 	o.corpDNS = startNameServer(t, intranet, []string{"10.0.5.53"}, "intranet.corp.example. 60 IN A 10.0.5.5")
 	// danted looks every name up before it passes it on unresolved, and
 	// refuses what it cannot find. What it finds is a decoy.
-	startNameServer(t, intranet, []string{"10.0.4.53"}, "*.private-net.org. 60 IN A 192.0.2.99")
+	o.decoyDNS = startNameServer(t, intranet, []string{"10.0.4.53"}, "*.private-net.org. 60 IN A 192.0.2.99")
 	o.privateDNS = startNameServer(t, private, []string{"172.31.0.53"}, "www.private-net.org. 60 IN A 172.31.0.80")
 	o.inetDNS = startNameServer(t, internet, []string{"203.0.113.53"}, "*.example.org. 60 IN A 203.0.113.80")
 	o.intranetWeb = startWeb(t, intranet, "10.0.5.5")

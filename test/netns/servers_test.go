@@ -86,9 +86,10 @@ func waitPort(t testing.TB, h *host, addr string, why func() string) {
 }
 
 // startHpsockd starts HP's server for the gateway, in IPv4 alone: listening on one
-// address, leaving from another. It carries datagrams only of clients that
-// name their own address and port.
-func startHpsockd(t testing.TB, h *host, internal, external string) *process {
+// address, leaving from another, without authentication, with flags of its daemon
+// and with rules before that which permits all. It carries datagrams only of
+// clients that name their own address and port.
+func startHpsockd(t testing.TB, h *host, internal, external, flags, rules string) *process {
 	t.Helper()
 	name, err := os.Hostname()
 	h.must(t, err)
@@ -102,12 +103,16 @@ func startHpsockd(t testing.TB, h *host, internal, external string) *process {
 	listen-address { %s; };
 	port 1080;
 	user "nobody";
+	flags { %s };
 };
 route { { default %s; }; };
-method-list { { number 0; name "noAuth"; internal; flags 0; }; };
-client-method { { src { %s/32; }; method { "noAuth"; }; }; };
-client { permit { src { %s/32; }; }; };
-`, state, internal, external, wanAt, wanAt), 0o644)
+method-list {
+	{ number 0; name "noAuth"; internal; flags 0; };
+	{ number 254; name "v4"; internal; flags 0; };
+};
+client-method { { src { %s/32; }; method { "noAuth"; "v4"; }; }; };
+client { %s permit { src { %s/32; }; }; };
+`, state, internal, flags, external, wanAt, rules, wanAt), 0o644)
 	// Without somebody behind /dev/log it does not take its configuration.
 	log, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: state + "/log", Net: "unixgram"})
 	h.must(t, err)

@@ -24,7 +24,7 @@ func TestUDPDNS(t *testing.T) {
 		rules         string
 	}{
 		{"danted", "udp", func(t *testing.T, w *world) { w.dante(t) }, true, ""},
-		{"hpsockd", "udp", func(t *testing.T, w *world) { startHpsockd(t, w.socks1, socks1At, socks1Out) }, false, ""},
+		{"hpsockd", "udp", func(t *testing.T, w *world) { startHpsockd(t, w.socks1, socks1At, socks1Out, "", "") }, false, ""},
 		{"microsocks", "tcp", func(t *testing.T, w *world) { startMicrosocks(t, w.socks1, socks1At+":1080") }, true, ""},
 		{"danted udp=off", "tcp", func(t *testing.T, w *world) { w.dante(t) }, true, " udp=off"},
 	} {

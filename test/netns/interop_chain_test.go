@@ -1,0 +1,141 @@
+package netns_test
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// TestChainReference is requirement 6 of the reference scenario with servers that
+// know nothing of one another: the gateway asks d1 for p1, and p1 for the name.
+//
+//	client --> gateway --> d1 10.0.4.1 | 192.168.100.1 --> p1 192.168.100.2 | 172.31.0.1 --> private
+func TestChainReference(t *testing.T) {
+	t.Parallel()
+	o := newOffice(t)
+	o.d1Dante.kill()
+	o.d1Dante = startDanted(t, o.d1, "10.0.4.1:1080", danteConf([]string{"10.0.4.1"}, []string{"192.168.100.1"}, "none", `
+client pass { from: 10.0.0.0/8 to: 10.0.4.1/32 log: connect error }
+socks pass { from: 10.0.0.0/8 to: 192.168.100.0/24 log: connect error }`))
+	routes := strings.Replace(paperRoutes(t), "SOCKD5 @=10.0.4.1 *.private-net.org",
+		"SERVER d1 10.0.4.1\nSERVER p1 192.168.100.2\nSOCKD5 @=d1>p1 *.private-net.org", 1)
+	serve(t, o.gateway, settings{routes: routes, credentials: paperCredentials, resolvers: []string{"10.0.5.53"}})
+
+	for range 5 {
+		o.client.curl(t, "http://www.private-net.org/six").fetched(t, "172.31.0.1")
+	}
+	// The name is nobody's business but p1's.
+	if q := o.corpDNS.questions("www.private-net.org"); len(q) != 0 {
+		t.Errorf("the office's name server was asked for a private name: %v", q)
+	}
+	if q := o.decoyDNS.questions("www.private-net.org"); len(q) != 0 {
+		t.Errorf("d1's name server was asked for a private name: %v", q)
+	}
+	q := o.privateDNS.questions("www.private-net.org")
+	if len(q) == 0 {
+		t.Error("p1's name server was not asked")
+	}
+	for _, q := range q {
+		if q.From.String() != "172.31.0.1" {
+			t.Errorf("p1's name server was asked by %v", q.From)
+		}
+	}
+	if log := o.d1Dante.log(); len(o.d1Dante.carriedBy("", "192.168.100.2.1080")) == 0 || strings.Contains(log, "private-net") {
+		t.Errorf("d1 did something else than to connect to p1:\n%s", log)
+	}
+	if len(o.p1Dante.carriedBy("", "172.31.0.80.80")) == 0 {
+		t.Errorf("p1 did not carry it:\n%s", o.p1Dante.log())
+	}
+	// d1 alone carries what is its own still.
+	o.client.curl(t, "http://192.168.100.50/five").fetched(t, "192.168.100.1")
+	// What p1 does not have is refused at once, and so is everything without it.
+	o.client.curl(t, "http://nowhere.private-net.org/").refused(t)
+	o.client.curl(t, "http://www.private-net.org:8080/").refused(t)
+	o.p1Dante.kill()
+	o.client.curl(t, "http://www.private-net.org/").refused(t)
+	o.client.curl(t, "http://192.168.100.50/five").fetched(t, "192.168.100.1")
+}
+
+// TestChainMix: chains of servers that are asked in different protocols, the first
+// with a user.
+//
+//	client --> gateway --> socks1 --> socks2 --> outside
+func TestChainMix(t *testing.T) {
+	t.Parallel()
+	dante, tiny := interopDante("none"), interopTinyproxy("")
+	for _, test := range []struct {
+		name     string
+		one, two func(testing.TB, *site) *process
+		kind     string // of one
+		action   string // for two
+	}{
+		{"HTTP > SOCKD5", interopTinyproxy("BasicAuth int " + interopPassword), dante, "http", "SOCKD5"},
+		{"SOCKD5 > HTTP", interopDante("username"), tiny, "socks5", "HTTP"},
+		{"SOCKD5 > SOCKD4A", interopDante("username"), interopSSH, "socks5", "SOCKD4A"},
+		{"HTTP > HTTP", interopV2ray("http", interopAccounts), tiny, "http", "HTTP"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.outside.answerTCP(t, outsideAt+":7", func(c *net.TCPConn) { io.Copy(c, c) })
+			one, two := w.sites()
+			var servers [2]*process
+			servers[0], servers[1] = test.one(t, one), test.two(t, two)
+			serve(t, w.gateway, settings{
+				routes: "SERVER one 198.51.100.11:1080 credential=int type=" + test.kind + "\n" +
+					"SERVER two 198.51.100.12:1080\n" + test.action + " @=one>two *\n",
+				credentials: "[int]\nusername = \"int\"\npassword = \"" + interopPassword + "\"\n",
+			})
+			w.observe(t)
+
+			// By name, which only the last server looks up, and by address.
+			w.client.curl(t, "http://www.example.org/").fetched(t, two.out...)
+			for _, q := range append(w.insideDNS.questions("www.example.org"), w.outsideDNS.questions("www.example.org")...) {
+				if from := q.From.String(); from != two.out[0] && from != two.out[1] {
+					t.Errorf("the name was looked up by %s", from)
+				}
+			}
+			w.client.curl(t, "http://"+outsideAt+"/").fetched(t, two.out[0])
+			if test.action != "SOCKD4A" {
+				w.client.curl(t, "http://["+outsideAt6+"]/").fetched(t, two.out[1])
+			}
+			// A flow of some size, in both directions.
+			block := bytes.Repeat([]byte("0123456789abcdef"), 1<<16)
+			c, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
+			w.client.must(t, err)
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			go c.Write(block)
+			back := make([]byte, len(block))
+			if n, err := io.ReadFull(c, back); err != nil || !bytes.Equal(back, block) {
+				t.Errorf("%d of %d bytes came back: %v", n, len(block), err)
+			}
+
+			atOnce(t, "a closed port", time.Now(), w.wait(outsideAt+":9"))
+			named := w.client.mustLookup(t, insideNS, "nowhere.example.com", dns.TypeA).String()
+			atOnce(t, "a name that does not exist", time.Now(), w.wait(named+":80"))
+
+			// Without the last server, and without the first.
+			for _, p := range []*process{servers[1], servers[0]} {
+				p.kill()
+				for range 2 {
+					atOnce(t, "a server is gone", time.Now(), w.wait(outsideAt+":80"))
+				}
+			}
+			if n, who := w.leaked(t); n != 0 {
+				t.Errorf("%d packets leaked:\n%s", n, who)
+			}
+		})
+	}
+}
+
+// wait returns the error with which waiting for a byte ends.
+func (w *world) wait(to string) error {
+	_, err := w.firstByte(to)
+	return err
+}
