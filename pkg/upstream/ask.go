@@ -73,34 +73,29 @@ func (p *Pool) resolve4(ctx context.Context, name string) ([]netip.Addr, error) 
 func (p *Pool) carryTo(ctx context.Context, s *Server, h *health, r Request, soft time.Duration) (*Carried, error) {
 	ahead := h.aheadNow(s)
 	if conn, proto := h.takeWarm(s); conn != nil {
-		c, err := p.on(ctx, conn, proto, s, h, r, ahead)
+		c, err := p.on(talkOn(ctx, conn), proto, s, h, r, ahead)
 		if v := judge(err); v != fault && !errors.As(err, new(*silentEnd)) || ctx.Err() != nil || errors.Is(err, errSilent) {
 			return c, err
 		}
 	}
-	limit := p.options.Load().ConnectTimeout
+	end := time.Now().Add(p.options.Load().ConnectTimeout)
 	if soft != 0 {
-		limit = min(soft, limit)
+		end = sooner(end, time.Now().Add(soft))
 	}
 	if ahead >= PipelineGreeting && s.Protocol == Socks5 {
-		return p.pipelined(ctx, s, h, r, limit, ahead)
+		return p.pipelined(ctx, s, h, r, end, ahead)
 	}
-	setup, cancel := context.WithTimeout(ctx, limit)
-	conn, proto, err := p.ready(setup, s)
-	cancel()
+	t, proto, err := p.ready(ctx, s, end)
 	if err != nil {
 		return nil, err
 	}
-	return p.on(ctx, conn, proto, s, h, r, ahead)
+	return p.on(t, proto, s, h, r, ahead)
 }
 
 // on has s connect, on a connection that is ready for the request.
-func (p *Pool) on(ctx context.Context, conn net.Conn, proto Protocol, s *Server, h *health, r Request, ahead Pipeline) (*Carried, error) {
-	ctx, cancel := context.WithTimeout(ctx, p.options.Load().HandshakeTimeout)
-	defer cancel()
-	c, err := p.request(ctx, conn, proto, s, r, ahead)
-	if err != nil {
-		conn.Close()
+func (p *Pool) on(t *talk, proto Protocol, s *Server, h *health, r Request, ahead Pipeline) (*Carried, error) {
+	c, err := p.request(t, proto, s, r, ahead, p.options.Load().HandshakeTimeout)
+	if err = t.done(err); err != nil {
 		return nil, err
 	}
 	return h.carries(c), nil
@@ -116,15 +111,15 @@ func (h *health) carries(c *Carried) *Carried {
 	return c
 }
 
-// request asks for the connection to where r wants to go. The connection stays
-// the caller's if there is an error.
-func (p *Pool) request(ctx context.Context, conn net.Conn, proto Protocol, s *Server, r Request, ahead Pipeline) (*Carried, error) {
+// request asks for the connection to where r wants to go.
+func (p *Pool) request(t *talk, proto Protocol, s *Server, r Request, ahead Pipeline, limit time.Duration) (*Carried, error) {
+	conn := t.conn
 	if proto == Socks4 && r.To.Name != "" {
 		return nil, errNeedsAddress
 	}
 	c := &Carried{Conn: conn, Server: s}
 	early := r.said(ahead, 0)
-	err := within(ctx, conn, "request", func() (err error) {
+	err := t.step(time.Now().Add(limit), "request", func() (err error) {
 		switch proto {
 		case Socks4, Socks4A:
 			user := ""
@@ -180,16 +175,15 @@ func ended(err error) error {
 }
 
 // pipelined connects and sends all messages at once.
-func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, limit time.Duration, ahead Pipeline) (*Carried, error) {
-	setup, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
+func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, end time.Time, ahead Pipeline) (*Carried, error) {
 	start := time.Now()
-	conn, err := p.reach(setup, s)
+	conn, err := p.reach(ctx, s, end)
 	if err != nil {
 		return nil, err
 	}
+	t := talkOn(ctx, conn)
 	early := r.said(ahead, 0)
-	err = within(setup, conn, "greeting", func() (err error) {
+	err = t.step(end, "greeting", func() (err error) {
 		if err = socks.SendPipelined(conn, r.To, s.Auth, early); err == nil {
 			early, err = p.later(conn, s, r, ahead, early)
 		}
@@ -200,15 +194,12 @@ func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, l
 	})
 	if err == nil {
 		h.took(time.Since(start))
-		ctx, cancel := context.WithTimeout(ctx, p.options.Load().HandshakeTimeout)
-		defer cancel()
-		err = within(ctx, conn, "request", func() error {
+		err = t.step(time.Now().Add(p.options.Load().HandshakeTimeout), "request", func() error {
 			_, err := socks.ReadReply(conn)
 			return ended(err)
 		})
 	}
-	if err != nil {
-		conn.Close()
+	if err = t.done(err); err != nil {
 		return nil, err
 	}
 	return h.carries(&Carried{Conn: conn, Server: s, Sent: len(early)}), nil
@@ -216,13 +207,14 @@ func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, l
 
 // ready returns a connection to s that can be asked for a destination, and in
 // which protocol.
-func (p *Pool) ready(ctx context.Context, s *Server) (net.Conn, Protocol, error) {
+func (p *Pool) ready(ctx context.Context, s *Server, end time.Time) (*talk, Protocol, error) {
 	h := p.of(s)
 	start := time.Now()
-	conn, err := p.reach(ctx, s)
+	conn, err := p.reach(ctx, s, end)
 	if err != nil {
 		return nil, 0, err
 	}
+	t := talkOn(ctx, conn)
 	proto := s.Protocol
 	if proto == SocksAny {
 		proto = Socks5
@@ -231,16 +223,16 @@ func (p *Pool) ready(ctx context.Context, s *Server) (net.Conn, Protocol, error)
 		}
 	}
 	if proto == Socks5 {
-		err = within(ctx, conn, "greeting", func() error { return socks.Greet(conn, s.Auth) })
+		err = t.step(end, "greeting", func() error { return socks.Greet(conn, s.Auth) })
 		if err != nil {
-			conn.Close()
+			err = t.done(err)
 			if s.Protocol != SocksAny || !knowsNo5(err) {
 				return nil, 0, err
 			}
-			if conn, err = p.reach(ctx, s); err != nil {
+			if conn, err = p.reach(ctx, s, end); err != nil {
 				return nil, 0, err
 			}
-			proto = Socks4
+			t, proto = talkOn(ctx, conn), Socks4
 			p.speaks(s, Socks4, nil) // until it shows that it does not
 		} else {
 			p.speaks(s, Socks5, nil)
@@ -248,7 +240,7 @@ func (p *Pool) ready(ctx context.Context, s *Server) (net.Conn, Protocol, error)
 	}
 	h.took(time.Since(start))
 	h.learn(s)
-	return conn, proto, nil
+	return t, proto, nil
 }
 
 // knowsNo5 tells whether a greeting failed as it does with a server that knows
@@ -288,7 +280,9 @@ func (h *health) speaks4(s *Server) bool {
 
 // reach returns a connection to s itself: from here or through the server
 // before it, and TLS over that if s has it.
-func (p *Pool) reach(ctx context.Context, s *Server) (conn net.Conn, err error) {
+func (p *Pool) reach(ctx context.Context, s *Server, end time.Time) (conn net.Conn, err error) {
+	ctx, cancel := context.WithDeadline(ctx, end)
+	defer cancel()
 	start := time.Now()
 	if s.Via == nil {
 		conn, err = p.dial(ctx, s)
@@ -378,21 +372,48 @@ func late(ctx context.Context, what string, err error) error {
 	return fmt.Errorf("%w: %s", errSilent, what)
 }
 
-// within runs f, which talks on conn, until ctx ends.
-func within(ctx context.Context, conn net.Conn, what string, f func() error) error {
-	if end, ok := ctx.Deadline(); ok {
-		conn.SetDeadline(end)
+// talk is a handshake on a connection: it ends with a context, and each of its
+// steps has a limit.
+type talk struct {
+	ctx  context.Context
+	conn net.Conn
+	stop func() bool
+}
+
+func talkOn(ctx context.Context, conn net.Conn) *talk {
+	return &talk{ctx, conn, context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })}
+}
+
+// step runs f until end.
+func (t *talk) step(end time.Time, what string, f func() error) error {
+	if limit, ok := t.ctx.Deadline(); ok {
+		end = sooner(end, limit)
 	}
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	err := f()
-	if !stop() {
-		if err == nil {
-			err = ctx.Err() // the deadline would outlive f
-		}
-		return late(ctx, what, err)
+	t.conn.SetDeadline(end)
+	if t.ctx.Err() != nil { // its deadline was overwritten
+		return t.ctx.Err()
+	}
+	return late(t.ctx, what, f())
+}
+
+// done ends the talk. If there is an error, or ctx has ended, the connection is
+// closed.
+func (t *talk) done(err error) error {
+	if !t.stop() && err == nil {
+		err = t.ctx.Err() // the deadline would outlive the talk
 	}
 	if err == nil {
-		return conn.SetDeadline(time.Time{})
+		err = t.conn.SetDeadline(time.Time{})
 	}
-	return late(ctx, what, err)
+	if err != nil {
+		t.conn.Close()
+	}
+	return err
+}
+
+func sooner(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }

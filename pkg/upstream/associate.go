@@ -115,50 +115,45 @@ func (p *Pool) associate(ctx context.Context, s *Server, h *health, soft time.Du
 	}
 	if conn, proto := h.takeWarm(s); conn != nil && proto == Socks5 {
 		// Of a connection that the server had given up the end says nothing.
-		a, err := p.associateOn(ctx, conn, s, socks.AssociateGreeted)
+		a, err := p.associateOn(talkOn(ctx, conn), s, socks.AssociateGreeted)
 		if v := judge(err); v != fault && !errors.Is(err, socks.ErrNoReply) || ctx.Err() != nil || errors.Is(err, errSilent) {
 			return h.associates(a, err)
 		}
 	}
-	limit := o.ConnectTimeout
+	end := time.Now().Add(o.ConnectTimeout)
 	if soft != 0 {
-		limit = min(soft, limit)
+		end = sooner(end, time.Now().Add(soft))
 	}
-	setup, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
 	if h.aheadNow(s) >= PipelineGreeting && s.Protocol == Socks5 {
-		conn, err := p.reach(setup, s)
+		conn, err := p.reach(ctx, s, end)
 		if err != nil {
 			return nil, err
 		}
-		return h.associates(p.associateOn(ctx, conn, s, func(conn net.Conn, from netip.AddrPort) (netip.AddrPort, error) {
+		return h.associates(p.associateOn(talkOn(ctx, conn), s, func(conn net.Conn, from netip.AddrPort) (netip.AddrPort, error) {
 			return socks.Associate(conn, from, socks.Options{Auth: s.Auth, Pipeline: true})
 		}))
 	}
-	conn, proto, err := p.ready(setup, s)
+	t, proto, err := p.ready(ctx, s, end)
 	if err != nil {
 		return nil, err
 	}
 	if proto != Socks5 {
-		conn.Close()
-		return nil, &noUDP{errors.New("it speaks SOCKS4"), true}
+		return nil, t.done(&noUDP{errors.New("it speaks SOCKS4"), true})
 	}
-	return h.associates(p.associateOn(ctx, conn, s, socks.AssociateGreeted))
+	return h.associates(p.associateOn(t, s, socks.AssociateGreeted))
 }
 
 // associateOn asks for an association on a connection, by ask. It takes the
 // connection over.
-func (p *Pool) associateOn(ctx context.Context, conn net.Conn, s *Server, ask func(net.Conn, netip.AddrPort) (netip.AddrPort, error)) (*Association, error) {
+func (p *Pool) associateOn(t *talk, s *Server, ask func(net.Conn, netip.AddrPort) (netip.AddrPort, error)) (*Association, error) {
 	o := p.options.Load()
+	conn := t.conn
 	socket, err := o.Packet(Local{addrPort(conn.LocalAddr()).Addr(), s.From.If})
 	if err != nil {
-		conn.Close()
-		return nil, err
+		return nil, t.done(err)
 	}
 	a := &Association{Control: conn, Socket: socket, Server: s}
-	ctx, cancel := context.WithTimeout(ctx, o.HandshakeTimeout)
-	defer cancel()
-	err = within(ctx, conn, "request", func() (err error) {
+	err = t.step(time.Now().Add(o.HandshakeTimeout), "request", func() (err error) {
 		var from netip.AddrPort
 		if s.UDP == UDPOwn {
 			from = socket.LocalAddrPort()
@@ -172,8 +167,8 @@ func (p *Pool) associateOn(ctx context.Context, conn net.Conn, s *Server, ask fu
 	if err == nil {
 		err = socket.Connect(a.Relay)
 	}
-	if err != nil {
-		a.Close()
+	if err = t.done(err); err != nil {
+		socket.Close()
 		return nil, err
 	}
 	return a, nil

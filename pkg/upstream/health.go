@@ -291,15 +291,13 @@ func (h *health) probed(err error, well int) {
 // probe connects to s and has it greet, and connect to the probe's target if
 // there is one. What it answers for that is well.
 func (p *Pool) probe(ctx context.Context, s *Server, limit time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	conn, proto, err := p.ready(ctx, s)
+	t, proto, err := p.ready(ctx, s, time.Now().Add(limit))
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer t.done(errProbed)
 	if to := p.options.Load().Probe; to != (flow.Target{}) {
-		_, err = p.request(ctx, conn, proto, s, Request{To: to}, PipelineOff)
+		_, err = p.request(t, proto, s, Request{To: to}, PipelineOff, limit)
 		if v := judge(err); v == destination || v == incapable || errors.Is(err, errNeedsAddress) {
 			return nil
 		}

@@ -80,14 +80,14 @@ func (p *Pool) learn(ctx context.Context, s *Server, limit time.Duration) Pipeli
 // takes tells whether s replies to messages that are sent at once, and with
 // early, whether an answer to that comes.
 func (p *Pool) takes(ctx context.Context, s *Server, to flow.Target, early []byte, limit time.Duration) bool {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	conn, err := p.reach(ctx, s)
+	end := time.Now().Add(limit)
+	conn, err := p.reach(ctx, s, end)
 	if err != nil {
 		return false
 	}
-	defer conn.Close()
-	err = within(ctx, conn, "probe", func() error {
+	t := talkOn(ctx, conn)
+	defer t.done(errProbed)
+	err = t.step(end, "probe", func() error {
 		err := socks.SendPipelined(conn, to, s.Auth, early)
 		if err == nil {
 			err = socks.ReadGreeting(conn, s.Auth)

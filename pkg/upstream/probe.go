@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 	"time"
@@ -29,12 +28,12 @@ const probeLimit = 5 * time.Second
 // too. If s does not greet, that is the only answer.
 func (p *Pool) Probe(ctx context.Context, s *Server) []Ability {
 	start := time.Now()
-	conn, proto, err := p.probing(ctx, s)
+	t, proto, err := p.probing(ctx, s)
 	list := []Ability{ability("greeting", err, fmt.Sprintf("%s, %v", proto, time.Since(start).Round(100*time.Microsecond)))}
 	if err != nil {
 		return list
 	}
-	conn.Close()
+	t.done(errProbed)
 	o := p.options.Load()
 	for _, kind := range []struct {
 		what string
@@ -62,11 +61,12 @@ func (p *Pool) Probe(ctx context.Context, s *Server) []Ability {
 	return list
 }
 
+// errProbed ends the talk of a probe.
+var errProbed = errors.New("upstream: probed")
+
 // probing returns a connection that is ready to be asked for something.
-func (p *Pool) probing(ctx context.Context, s *Server) (net.Conn, Protocol, error) {
-	ctx, cancel := context.WithTimeout(ctx, p.options.Load().ConnectTimeout)
-	defer cancel()
-	return p.ready(ctx, s)
+func (p *Pool) probing(ctx context.Context, s *Server) (*talk, Protocol, error) {
+	return p.ready(ctx, s, time.Now().Add(p.options.Load().ConnectTimeout))
 }
 
 // ability makes an answer of an error.
@@ -82,14 +82,12 @@ func ability(what string, err error, done string) Ability {
 }
 
 func (p *Pool) probeConnect(ctx context.Context, s *Server, what string, to flow.Target) Ability {
-	conn, proto, err := p.probing(ctx, s)
+	t, proto, err := p.probing(ctx, s)
 	if err != nil {
 		return ability(what, err, "")
 	}
-	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
-	defer cancel()
-	_, err = p.request(ctx, conn, proto, s, Request{To: to}, PipelineOff)
+	defer t.done(errProbed)
+	_, err = p.request(t, proto, s, Request{To: to}, PipelineOff, probeLimit)
 	if errors.Is(err, errNeedsAddress) {
 		return Ability{what, false, "SOCKS4 takes no names: they are resolved here"}
 	}
@@ -103,15 +101,14 @@ func (p *Pool) probeUDP(ctx context.Context, s *Server, proto Protocol) Ability 
 		}
 		return Ability{"udp", false, why}
 	}
-	conn, _, err := p.probing(ctx, s)
+	t, _, err := p.probing(ctx, s)
 	if err != nil {
 		return ability("udp", err, "")
 	}
-	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
-	defer cancel()
+	defer t.done(errProbed)
+	conn := t.conn
 	var relay netip.AddrPort
-	err = within(ctx, conn, "reply", func() (err error) {
+	err = t.step(time.Now().Add(probeLimit), "reply", func() (err error) {
 		relay, err = socks.AssociateGreeted(conn, netip.AddrPort{})
 		return ended(err)
 	})
@@ -124,16 +121,15 @@ func (p *Pool) probeUDP(ctx context.Context, s *Server, proto Protocol) Ability 
 }
 
 func (p *Pool) probeBind(ctx context.Context, s *Server, proto Protocol) Ability {
-	conn, _, err := p.probing(ctx, s)
+	t, _, err := p.probing(ctx, s)
 	if err != nil {
 		return ability("bind", err, "")
 	}
-	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, probeLimit)
-	defer cancel()
+	defer t.done(errProbed)
+	conn := t.conn
 	anybody := flow.Target{Addr: netip.IPv4Unspecified()}
 	var bound netip.AddrPort
-	err = within(ctx, conn, "reply", func() (err error) {
+	err = t.step(time.Now().Add(probeLimit), "reply", func() (err error) {
 		if proto == Socks5 {
 			bound, err = socks.Bind(conn, anybody)
 		} else {

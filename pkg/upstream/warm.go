@@ -1,7 +1,6 @@
 package upstream
 
 import (
-	"context"
 	"math"
 	"net"
 	"time"
@@ -99,9 +98,10 @@ func (h *health) fill(s *Server) {
 
 // make makes one connection.
 func (h *health) make(s *Server) {
-	ctx, cancel := context.WithTimeout(h.p.ctx, h.p.options.Load().ConnectTimeout)
-	defer cancel()
-	conn, proto, err := h.p.ready(ctx, s)
+	t, proto, err := h.p.ready(h.p.ctx, s, time.Now().Add(h.p.options.Load().ConnectTimeout))
+	if err == nil {
+		err = t.done(nil)
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	w := &h.warm
@@ -112,9 +112,9 @@ func (h *health) make(s *Server) {
 			h.note(judge(err), err)
 		}
 	case h.bad || h.retired.Load() || h.p.ctx.Err() != nil || len(w.idle) >= warmMost:
-		conn.Close()
+		t.conn.Close()
 	default:
-		w.idle = append(w.idle, ready{conn, proto, time.Now().Add(warmAge)})
+		w.idle = append(w.idle, ready{t.conn, proto, time.Now().Add(warmAge)})
 		if w.expiry == nil {
 			w.expiry = time.AfterFunc(warmAge, func() { h.expire(s) })
 		}
