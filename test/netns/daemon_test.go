@@ -64,6 +64,7 @@ type settings struct {
 	state       string   // empty: a directory of the host
 	metrics     string   // address; empty: only on the control socket
 	args        []string // of serve, after the usual ones
+	trust       string   // a file of certificates; empty: the system's
 }
 
 // daemon is tproxyd on a host, running or not.
@@ -160,6 +161,9 @@ func (d *daemon) start(t testing.TB) {
 // launch starts `serve` and waits for nothing.
 func (d *daemon) launch(t testing.TB, env ...string) {
 	t.Helper()
+	if d.set.trust != "" {
+		env = append(env, "SSL_CERT_FILE="+d.set.trust)
+	}
 	d.process = d.host.start(t, command{args: append([]string{d.bin, "serve", "-c", d.config}, d.set.args...), env: env})
 }
 
