@@ -244,16 +244,20 @@ func (x *explanation) decide(f flow.Flow, r *routes.Rule) {
 		return
 	}
 	if !carried(f, r) {
-		x.note("every server of the rule has udp=off")
+		x.note("no server of the rule carries UDP (udp=off, tls, a chain or another protocol)")
 		x.Verdict = routes.Deny.String()
 		return
 	}
 	var off []string
 	for _, c := range r.Servers {
 		x.Servers = append(x.Servers, c.String())
-		if c[len(c)-1].UDP == routes.UDPOff {
+		if !c.CarriesUDP(action) {
 			off = append(off, c.String())
 		}
+		x.reached(c, action)
+	}
+	if action == routes.Socks4 && f.Name != "" {
+		x.note("SOCKS4 takes no names: this host looks it up when the flow is carried")
 	}
 	x.Order = "the next one if a server is at fault"
 	each := "flow"
@@ -261,7 +265,7 @@ func (x *explanation) decide(f flow.Flow, r *routes.Rule) {
 		x.Order = "by UDP ASSOCIATE, the next one if a server is at fault or carries no UDP"
 		each = "client socket"
 		if len(off) > 0 {
-			x.note("never asked to carry UDP, by udp=off: " + strings.Join(off, ", "))
+			x.note("never asked to carry UDP, by udp=off, tls, a chain or another protocol: " + strings.Join(off, ", "))
 		}
 		if f.Dst.Port() == dnsPort {
 			x.note("where no server carries UDP a question goes through them as DNS over TCP")
@@ -269,10 +273,43 @@ func (x *explanation) decide(f flow.Flow, r *routes.Rule) {
 			x.note("where no server carries UDP each datagram is refused with ICMP port unreachable")
 		}
 	}
-	if r.Balance == routes.Random {
+	switch r.Balance {
+	case routes.Random:
 		x.Order = "a random order for each " + each + " (BALANCE), " + x.Order
+	case routes.RoundRobin:
+		x.Order = "each " + each + " begins with the next one (roundrobin), " + x.Order
+	case routes.Hash:
+		x.Order = "the same client and destination begin with the same one (hash), " + x.Order
+	case routes.LeastLoad:
+		x.Order = "each " + each + " begins with the one that carries the fewest flows (leastload), " + x.Order
 	}
 	x.Verdict += " " + strings.Join(x.Servers, ",")
+}
+
+// reached notes how a server is reached, if that takes more than to connect to it
+// and to ask it.
+func (x *explanation) reached(c routes.Chain, a routes.Action) {
+	for i, s := range c {
+		var how []string
+		if i > 0 {
+			how = append(how, "through "+c[i-1].Name)
+		}
+		if s.TLS {
+			how = append(how, "by TLS")
+		}
+		if s.If != "" {
+			how = append(how, "by interface "+s.If)
+		}
+		if s.Source.IsValid() {
+			how = append(how, "from "+s.Source.String())
+		}
+		if p := c.Protocol(i, a); p != a {
+			how = append(how, "in "+p.String())
+		}
+		if how != nil {
+			x.note(s.Name + " is reached " + strings.Join(how, ", "))
+		}
+	}
 }
 
 func (x *explanation) note(s string) { x.Notes = append(x.Notes, s) }

@@ -127,6 +127,7 @@ func (g *Gateway) Handle(c *relay.Conn) {
 		g.refused(l, err)
 		return
 	}
+	cancel() // the relay sees who leaves
 	g.join(l, c, server)
 }
 

@@ -96,6 +96,9 @@ func (m *maker) chain(c routes.Chain, action routes.Action) *upstream.Server {
 			m.err = fmt.Errorf("gateway: server %s: no credential %q", last.Name, last.Credential)
 		}
 	}
+	if slices.ContainsFunc(m.all, func(other *upstream.Server) bool { return other.Name == s.Name }) {
+		s.Name += " (" + protocol.String() + ")" // so that status and metrics can tell them apart
+	}
 	m.made[k] = s
 	m.all = append(m.all, s)
 	return s

@@ -347,6 +347,21 @@ func (c *Conn) Quiet() bool {
 	return !c.finSeen && !c.errSeen
 }
 
+// RoundTrip returns how far away the peer is, as the kernel has measured it; 0: it
+// does not say.
+func (c *Conn) RoundTrip() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state != connOpen {
+		return 0
+	}
+	info, err := unix.GetsockoptTCPInfo(int(c.fd), unix.SOL_TCP, unix.TCP_INFO)
+	if err != nil {
+		return 0
+	}
+	return time.Duration(info.Rtt) * time.Microsecond
+}
+
 // LocalAddrPort returns the socket's own address; on a transparent listener's
 // connection that is the original destination. An IPv4 address is in IPv4
 // form. The zero value means that it was first asked for after Close or Join.

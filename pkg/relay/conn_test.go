@@ -107,6 +107,19 @@ func TestConnQuiet(t *testing.T) {
 	}
 }
 
+func TestConnRoundTrip(t *testing.T) {
+	addr, servers := accepted(t)
+	c := dialEngine(t, newEngine(t, Options{}), addr)
+	defer (<-servers).Close()
+	if d := c.RoundTrip(); d <= 0 || d > time.Second {
+		t.Errorf("loopback is %v away", d)
+	}
+	c.Close()
+	if d := c.RoundTrip(); d != 0 {
+		t.Errorf("after Close: %v", d)
+	}
+}
+
 func TestConnAddresses(t *testing.T) {
 	for _, network := range []string{"127.0.0.1:0", "[::1]:0"} {
 		ln, err := net.Listen("tcp", network)

@@ -149,6 +149,12 @@ func (c Chain) Protocol(i int, a Action) Action {
 	return Socks5
 }
 
+// CarriesUDP tells whether a rule of an action can ask the chain to carry UDP.
+func (c Chain) CarriesUDP(a Action) bool {
+	p := c.Protocol(len(c)-1, a)
+	return len(c) == 1 && (p == Socks5 || p == Socks) && c[0].UDP != UDPOff && !c[0].TLS
+}
+
 // String returns the chain as the language writes it.
 func (c Chain) String() string {
 	if len(c) == 1 {
@@ -247,13 +253,8 @@ func (r *Rule) ActionFor(n flow.Network) Action {
 // UDP: by SOCKS version 5, not behind another one or TLS, and not of udp=off.
 // What the server answers is another matter.
 func (r *Rule) CarriesUDP() bool {
-	if a := r.ActionFor(flow.UDP); a != Socks5 && a != Socks {
-		return false
-	}
-	return slices.ContainsFunc(r.Servers, func(c Chain) bool {
-		p := c.Protocol(len(c)-1, r.Action)
-		return len(c) == 1 && (p == Socks5 || p == Socks) && c[0].UDP != UDPOff && !c[0].TLS
-	})
+	a := r.ActionFor(flow.UDP)
+	return a.proxied() && slices.ContainsFunc(r.Servers, func(c Chain) bool { return c.CarriesUDP(a) })
 }
 
 // conditional tells whether the rule asks for more than a destination.

@@ -290,10 +290,7 @@ func (p *Pool) reach(ctx context.Context, s *Server, end time.Time) (conn net.Co
 		conn, err = p.through(ctx, s)
 	}
 	if err == nil {
-		h := p.of(s)
-		h.mu.Lock()
-		h.trip.saw(time.Since(start), time.Now())
-		h.mu.Unlock()
+		p.of(s).away(conn, time.Since(start), s.Via == nil)
 	}
 	if err != nil || s.TLS == nil {
 		return conn, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -153,6 +154,19 @@ type trip struct {
 
 const tripAge = 5 * time.Minute
 
+// away notes how long a connection took. Of one that was made from here the kernel
+// knows better, if it was long: this host may have been busy.
+func (h *health) away(conn net.Conn, took time.Duration, here bool) {
+	if c, ok := conn.(interface{ RoundTrip() time.Duration }); ok && here && took >= worthwhile {
+		if trip := c.RoundTrip(); trip > 0 {
+			took = min(took, trip)
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.trip.saw(took, time.Now())
+}
+
 func (t *trip) saw(d time.Duration, now time.Time) {
 	if now.Sub(t.since) > tripAge {
 		t.best, t.next, t.since = t.next, 0, now
@@ -183,6 +197,9 @@ func (h *health) left() { h.flows.Add(-1) }
 func (h *health) adopt(s *Server) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if old := h.server.Auth; (old == nil) != (s.Auth == nil) || old != nil && *old != *s.Auth {
+		h.dropWarm() // they are another user's
+	}
 	h.server = s
 	if h.p.options.Load().Interval > 0 {
 		h.watch()

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/socks"
 )
 
 // far is a server that is a round trip of 40 ms away: each message takes 20 ms.
@@ -245,6 +246,12 @@ func TestWarm(t *testing.T) {
 		if n := warm(); n < 1 || n > 3 {
 			t.Errorf("%d warm connections after two flows", n)
 		}
+		again := &Server{Name: "s", Addr: serverA.Addr, Pipeline: PipelineOff, Auth: &socks.Auth{Username: "a", Password: "b"}}
+		p.Configure(*p.options.Load(), []*Server{again})
+		if n := warm(); n != 0 {
+			t.Errorf("%d warm connections that are not the new user's", n)
+		}
+		p.Configure(*p.options.Load(), []*Server{s})
 		var wg sync.WaitGroup
 		for range 20 {
 			wg.Go(func() { firstByte(t, p, s) })
