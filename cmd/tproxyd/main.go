@@ -125,7 +125,7 @@ behind it are not touched.`),
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
-		serveCommand(e), checkCommand(e), explainCommand(e), reloadCommand(e), statusCommand(e),
+		serveCommand(e), checkCommand(e), explainCommand(e), reloadCommand(e), statusCommand(e), flowsCommand(e),
 		closeCommand(e), cleanupCommand(e), demoCommand(e), versionCommand(e),
 	)
 	return root

@@ -9,6 +9,8 @@
 //	POST /reload   reads the files again; 200, 422 with what is wrong with them, or
 //	               500 with what failed, as text
 //	GET  /metrics  Prometheus text
+//	GET  /flows    the flows that are being carried, a JSON array
+//	DELETE /flows/ID  resets one; 204, or 404 if there is none
 package control
 
 import (
@@ -30,7 +32,9 @@ import (
 
 // Options is what the daemon hands down. Every field is needed.
 type Options struct {
-	Status func() any // any value that encodes as JSON
+	Status func() any             // any value that encodes as JSON
+	Flows  func() any             // a list, likewise
+	Kill   func(flow uint64) bool // false: there is no such flow
 	// Reload returns nil if the new files are in force; else the old ones are. A
 	// *Refused says what is wrong with the files, any other error what failed.
 	Reload  func() error
@@ -40,11 +44,21 @@ type Options struct {
 // Handler is the whole of the socket's surface.
 func Handler(o Options) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		enc.Encode(o.Status()) // the only error is a reader that left
+	for path, value := range map[string]func() any{"/status": o.Status, "/flows": o.Flows} {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			enc := json.NewEncoder(w)
+			enc.SetIndent("", "  ")
+			enc.Encode(value()) // the only error is a reader that left
+		})
+	}
+	mux.HandleFunc("DELETE /flows/{id}", func(w http.ResponseWriter, r *http.Request) {
+		id, err := strconv.ParseUint(r.PathValue("id"), 10, 64)
+		if err != nil || !o.Kill(id) {
+			http.Error(w, "there is no flow "+r.PathValue("id"), http.StatusNotFound)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
 	})
 	mux.HandleFunc("POST /reload", func(w http.ResponseWriter, _ *http.Request) {
 		if err := o.Reload(); err != nil {
@@ -147,6 +161,17 @@ func (c *Client) Status(ctx context.Context) ([]byte, error) {
 	return c.do(ctx, http.MethodGet, "/status")
 }
 
+// Flows returns the flows that are being carried, as JSON.
+func (c *Client) Flows(ctx context.Context) ([]byte, error) {
+	return c.do(ctx, http.MethodGet, "/flows")
+}
+
+// Kill resets a flow.
+func (c *Client) Kill(ctx context.Context, flow uint64) error {
+	_, err := c.do(ctx, http.MethodDelete, "/flows/"+strconv.FormatUint(flow, 10))
+	return err
+}
+
 // Metrics returns the daemon's metrics as Prometheus text.
 func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
 	return c.do(ctx, http.MethodGet, "/metrics")
@@ -177,7 +202,7 @@ func (c *Client) do(ctx context.Context, method, path string) ([]byte, error) {
 		return nil, fmt.Errorf("control: %s: %w", c.path, err)
 	case resp.StatusCode == http.StatusUnprocessableEntity:
 		return nil, &Refused{Text: string(body)}
-	case resp.StatusCode != http.StatusOK:
+	case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent:
 		return nil, fmt.Errorf("control: %s%s: %s: %s", c.path, path, resp.Status, bytes.TrimSpace(body))
 	}
 	return body, nil

@@ -201,7 +201,13 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	task("kernel", func(ctx context.Context) error {
 		return d.kernel.Heal(ctx, func(what string) { d.log.Warn("put right what somebody else changed", "what", what) })
 	})
-	offer := control.Options{Status: func() any { return d.Status() }, Reload: func() error { return refusal(d.Reload()) }, Metrics: d.metricsHandler()}
+	offer := control.Options{
+		Status:  func() any { return d.Status() },
+		Flows:   func() any { return d.gateway.Flows() },
+		Kill:    d.gateway.Kill,
+		Reload:  func() error { return refusal(d.Reload()) },
+		Metrics: d.metricsHandler(),
+	}
 	task("control", func(ctx context.Context) error { return control.Serve(ctx, d.socket, control.Handler(offer)) })
 	if d.metrics != nil {
 		task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })

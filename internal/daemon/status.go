@@ -28,6 +28,9 @@ type Status struct {
 	Kernel  KernelStatus      `json:"kernel"`
 }
 
+// FlowStatus is a TCP flow that is being carried.
+type FlowStatus = gateway.FlowStatus
+
 // RuleStatus is a rule with the flows that it decided in user space since the
 // last reload; what the kernel decides by it is not counted rule by rule.
 type RuleStatus struct {

@@ -69,6 +69,7 @@ type Gateway struct {
 	count counters
 
 	mu       sync.Mutex
+	ids      uint64 // given to flows
 	live     map[*live]struct{}
 	admitted memory // of what the kernel lets pass by name, for the next reload
 }
@@ -81,7 +82,9 @@ type live struct {
 	via    *upstream.Server // nil: DIRECT
 	at     netip.AddrPort   // of a name that is DIRECT: where it was dialled
 	start  time.Time
+	id     uint64
 	stream *relay.Stream     // nil while connecting and under TLS, guarded by Gateway.mu
+	copied *copied           // under TLS, guarded by Gateway.mu; nil: not
 	up     *upstream.Carried // nil: DIRECT
 	early  []byte            // what the client has said before there was a server
 	g      *Gateway
@@ -294,15 +297,20 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 	}
 	o.EarlyUp = l.early[sent:]
 	g.count.started(l.rule.Action)
+	raw, ok := server.(*relay.Conn)
 	g.mu.Lock()
+	g.ids++
+	l.id = g.ids
+	if !ok {
+		l.copied = newCopied()
+	}
 	g.live[l] = struct{}{}
 	g.mu.Unlock()
-	raw, ok := server.(*relay.Conn)
 	if !ok {
 		// Under TLS the bytes pass through this process. The flow ends with the
 		// engine, which closes the client's connection.
-		r := relay.Copy(context.Background(), client, server, relay.CopyOptions{Idle: o.Idle, HalfClosed: o.HalfClosed, EarlyUp: o.EarlyUp})
-		l.done(r)
+		c := l.copied
+		l.done(relay.Copy(c.ctx, client, server, relay.CopyOptions{Idle: o.Idle, HalfClosed: o.HalfClosed, EarlyUp: o.EarlyUp, Up: &c.up, Down: &c.down}))
 		return
 	}
 	stream := g.o.Engine.Join(client, raw, o)
@@ -327,6 +335,9 @@ func (l *live) done(r relay.Result) {
 	g.mu.Lock()
 	delete(g.live, l)
 	g.mu.Unlock()
+	if l.copied != nil {
+		l.copied.kill()
+	}
 	if l.pinned {
 		g.o.Names.Unpin(l.flow.Dst.Addr())
 	}

@@ -53,6 +53,8 @@ func (c *counters) ended(up, down uint64) {
 
 func (c *counters) refuse(err error) {
 	var reply socks.Reply
+	var reply4 socks.Reply4
+	var status socks.HTTPStatus
 	reason := ReasonUpstream
 	switch {
 	case err == errDenied:
@@ -63,7 +65,7 @@ func (c *counters) refuse(err error) {
 		reason = ReasonLoop
 	case err == errLeft:
 		reason = ReasonLeft
-	case errors.As(err, &reply):
+	case errors.As(err, &reply), errors.As(err, &reply4), errors.As(err, &status):
 		reason = ReasonReply
 	}
 	c.refused[reason].Add(1)
@@ -88,11 +90,9 @@ func (g *Gateway) Stats() Stats {
 	}
 	g.mu.Lock()
 	for l := range g.live {
-		if l.stream != nil {
-			up, down := l.stream.Bytes()
-			s.Up += up
-			s.Down += down
-		}
+		up, down := l.bytes()
+		s.Up += up
+		s.Down += down
 	}
 	g.mu.Unlock()
 	for r := range reasons {

@@ -16,6 +16,7 @@ import (
 type CopyOptions struct {
 	Idle, HalfClosed time.Duration
 	Early, EarlyUp   []byte
+	Up, Down         *atomic.Uint64 // bytes delivered so far are added to them; nil: nobody looks
 }
 
 // copyBuffer is the size of the buffer of each direction of Copy.
@@ -29,7 +30,7 @@ const copyBuffer = 32 << 10
 // A FIN is passed on with CloseWrite if the connection has it. One that has
 // not cannot be told that its peer is done, so the flow ends there.
 func Copy(ctx context.Context, clientConn, serverConn net.Conn, o CopyOptions) Result {
-	c := &copier{conn: [2]net.Conn{clientConn, serverConn}, idle: o.Idle, half: o.HalfClosed}
+	c := &copier{conn: [2]net.Conn{clientConn, serverConn}, seen: [2]*atomic.Uint64{o.Up, o.Down}, idle: o.Idle, half: o.HalfClosed}
 	c.touch()
 	stop := context.AfterFunc(ctx, func() { c.end(Killed, nil) })
 	defer stop()
@@ -55,7 +56,8 @@ func Copy(ctx context.Context, clientConn, serverConn net.Conn, o CopyOptions) R
 type copier struct {
 	conn  [2]net.Conn
 	moved [2]atomic.Uint64
-	last  atomic.Int64 // time of the last activity, Unix nanoseconds
+	seen  [2]*atomic.Uint64 // CopyOptions.Up and Down
+	last  atomic.Int64      // time of the last activity, Unix nanoseconds
 
 	idle, half time.Duration
 
@@ -98,6 +100,9 @@ func (c *copier) write(i int, b []byte) (err error, failed bool) {
 	}
 	n, err := c.conn[1-i].Write(b)
 	c.moved[i].Add(uint64(n))
+	if c.seen[i] != nil {
+		c.seen[i].Add(uint64(n))
+	}
 	c.touch()
 	return err, err != nil
 }

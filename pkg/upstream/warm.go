@@ -21,14 +21,13 @@ const (
 // warm are connections to a server that are ready for a request. There are as
 // many as flows came of late in the time that it takes to make one.
 type warm struct {
-	idle    []ready // the newest last
-	making  int
-	expiry  *time.Timer // of the oldest
-	window  time.Time   // flows are counted from here on
-	count   int
-	peak    float64   // most flows in a window, fading
-	last    time.Time // a flow came
-	retired bool
+	idle   []ready // the newest last
+	making int
+	expiry *time.Timer // of the oldest
+	window time.Time   // flows are counted from here on
+	count  int
+	peak   float64   // most flows in a window, fading
+	last   time.Time // a flow came
 }
 
 type ready struct {

@@ -1,0 +1,112 @@
+package netns_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tproxyd/tproxyd/internal/gateway"
+)
+
+// TestFlows: what is carried is listed as long as it lives, with its bytes, and can
+// be reset; filters show what they say.
+func TestFlows(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	d := serve(t, w.gateway, settings{routes: "SERVER one 198.51.100.11\nSERVER two 198.51.100.12\nSOCKD5 @=two * eq 8\nSOCKD5 @=one *\n"})
+	for _, at := range []string{outsideAt + ":7", outsideAt + ":8", "[" + outsideAt6 + "]:7"} {
+		echo := w.outside.listen(t, "tcp", at)
+		go func() {
+			for {
+				c, err := echo.Accept()
+				if err != nil {
+					return
+				}
+				go func() { defer c.Close(); io.Copy(c, c) }()
+			}
+		}()
+	}
+	list := func(args ...string) (flows []gateway.FlowStatus) {
+		t.Helper()
+		out := d.cli(t, append([]string{"flows", "--json", "-c", d.config}, args...)...).ok(t).out
+		if err := json.Unmarshal([]byte(out), &flows); err != nil {
+			t.Fatalf("%v:\n%s", err, out)
+		}
+		return flows
+	}
+	if l := list(); len(l) != 0 {
+		t.Errorf("before anybody came: %+v", l)
+	}
+	synthetic := w.client.dig(t, insideNS, "www.example.org")[0]
+	open := func(to string) net.Conn {
+		t.Helper()
+		c, err := w.client.dial("tcp", to, 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(10 * time.Second))
+		if _, err := io.WriteString(c, "hello"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, 5)); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	named, plain := open(synthetic+":7"), open(outsideAt+":8")
+	var all []gateway.FlowStatus
+	eventually(t, 2*time.Second, "both have their bytes", func() bool {
+		all = list()
+		return len(all) == 2 && all[0].Down == 5 && all[1].Down == 5
+	})
+	for i, want := range []gateway.FlowStatus{
+		{Name: "www.example.org", Server: "one"}, {Server: "two"},
+	} {
+		f := all[i]
+		c := []net.Conn{named, plain}[i]
+		if f.Name != want.Name || f.Server != want.Server || f.Up != 5 || f.Action != "SOCKD5" || f.Client.String() != c.LocalAddr().String() ||
+			f.Destination.String() != c.RemoteAddr().String() || !strings.HasSuffix(f.Rule, fmt.Sprint("socks.cnf:", 4-i)) || f.Age <= 0 {
+			t.Errorf("flow %d is %+v", i, f)
+		}
+	}
+	ids := func(l []gateway.FlowStatus) (ids []uint64) {
+		for _, f := range l {
+			ids = append(ids, f.ID)
+		}
+		return ids
+	}
+	for args, want := range map[string][]uint64{
+		"--server=two": {all[1].ID}, "--to=example.org": {all[0].ID}, "--to=:8": {all[1].ID}, "--client=192.0.2.0/24": ids(all),
+		"--client=" + clientAt: ids(all), "--client=198.51.100.1": nil,
+	} {
+		if got := ids(list(args)); !slices.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", args, got, want)
+		}
+	}
+	table := d.cli(t, "flows", "-c", d.config).ok(t).out
+	if !strings.HasPrefix(table, "ID ") || !strings.Contains(table, "www.example.org:7") || strings.Count(table, "\n") != 3 {
+		t.Errorf("table:\n%s", table)
+	}
+	d.cli(t, "flows", "-c", d.config, "--client", "nobody").exit(t, 2)
+
+	d.cli(t, "flows", "-c", d.config, "--kill", fmt.Sprint(all[0].ID)).ok(t)
+	if _, err := named.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "reset") {
+		t.Errorf("killed: %v", err)
+	}
+	d.cli(t, "flows", "-c", d.config, "--kill", fmt.Sprint(all[0].ID)).exit(t, 1)
+	if l := list(); len(l) != 1 || l[0].ID != all[1].ID {
+		t.Errorf("after one was killed: %+v", l)
+	}
+	if _, err := io.WriteString(plain, "x"); err != nil {
+		t.Error(err)
+	}
+	plain.Close()
+	eventually(t, 2*time.Second, "no flow is listed", func() bool { return len(list()) == 0 })
+}
