@@ -1,9 +1,18 @@
 package netns_test
 
 import (
+	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
+	"math/big"
 	"os"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The servers of the interop table: how Debian's programs are told to listen at
@@ -117,20 +126,44 @@ const interopAccounts = `"accounts": [{ "user": "int", "pass": "` + interopPassw
 
 // interopV2ray starts v2ray with an inbound of this protocol and settings.
 func interopV2ray(protocol, settings string) func(testing.TB, *site) *process {
+	return func(t testing.TB, s *site) *process { return startV2ray(t, s, protocol, settings, "{}") }
+}
+
+// interopV2rayTLS is interopV2ray behind TLS, with a certificate for
+// proxy.example in tls.crt of the site that is its own authority.
+func interopV2rayTLS(protocol, settings string) func(testing.TB, *site) *process {
 	return func(t testing.TB, s *site) *process {
-		conf := s.file(t, "v2ray.json", fmt.Sprintf(`{
+		_, key, err := ed25519.GenerateKey(rand.Reader)
+		s.must(t, err)
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(1), DNSNames: []string{"proxy.example"}, NotAfter: time.Now().Add(time.Hour),
+			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+		}
+		cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		s.must(t, err)
+		private, err := x509.MarshalPKCS8PrivateKey(key)
+		s.must(t, err)
+		crt := s.file(t, "tls.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})), 0o644)
+		pkey := s.file(t, "tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})), 0o644)
+		return startV2ray(t, s, protocol, settings, fmt.Sprintf(
+			`{ "security": "tls", "tlsSettings": { "certificates": [{ "certificateFile": %q, "keyFile": %q }] } }`, crt, pkey))
+	}
+}
+
+func startV2ray(t testing.TB, s *site, protocol, settings, stream string) *process {
+	t.Helper()
+	conf := s.file(t, "v2ray.json", fmt.Sprintf(`{
 	"log": { "loglevel": "warning" },
-	"inbounds": [{ "listen": %q, "port": 1080, "protocol": %q, "settings": { %s } }],
+	"inbounds": [{ "listen": %q, "port": 1080, "protocol": %q, "settings": { %s }, "streamSettings": %s }],
 	"outbounds": [
 		{ "protocol": "freedom" },
 		{ "protocol": "blackhole", "tag": "denied" }
 	],
 	"routing": { "rules": [{ "type": "field", "port": "7666", "outboundTag": "denied" }] }
-}`, s.at, protocol, settings), 0o644)
-		p := s.start(t, command{args: asUser(t, tool(t, "v2ray"), "-config", conf), alone: true})
-		waitPort(t, s.host, s.at+":1080", p.output)
-		return p
-	}
+}`, s.at, protocol, settings, stream), 0o644)
+	p := s.start(t, command{args: asUser(t, tool(t, "v2ray"), "-config", conf), alone: true})
+	waitPort(t, s.host, s.at+":1080", p.output)
+	return p
 }
 
 // interopTinyproxy starts tinyproxy with more lines of configuration.
@@ -141,5 +174,68 @@ func interopTinyproxy(lines string) func(testing.TB, *site) *process {
 		p := s.start(t, command{args: asUser(t, tool(t, "tinyproxy"), "-d", "-c", conf), alone: true})
 		waitPort(t, s.host, s.at+":1080", p.output)
 		return p
+	}
+}
+
+// distance is how long a packet to a server that is far, or from it, takes.
+const distance = 10 * time.Millisecond
+
+// away puts the site at a distance from the rest of the world: in the place of
+// its cable come two devices, between which the frames wait.
+func (w *world) away(t testing.TB, s *site, name string, addrs ...string) {
+	t.Helper()
+	w.net.ip(t, "link delete "+name)
+	near, far := w.net.tap(t, name), s.tap(t, "wan0")
+	go carryFrames(near, far)
+	go carryFrames(far, near)
+	w.address(t, s.host, name, addrs...)
+}
+
+// tap makes a network device of the machine of which the test is the cable.
+func (h *host) tap(t testing.TB, name string) *os.File {
+	t.Helper()
+	var fd int
+	h.must(t, h.in(func() (err error) {
+		if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0); err != nil {
+			return fmt.Errorf("/dev/net/tun: %w", err)
+		}
+		r, err := unix.NewIfreq(name)
+		if err != nil {
+			return err
+		}
+		r.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, r); err != nil {
+			return fmt.Errorf("TUNSETIFF: %w", err)
+		}
+		return nil
+	}))
+	f := os.NewFile(uintptr(fd), name)
+	t.Cleanup(func() { f.Close() })
+	h.ip(t, "link set "+name+" up")
+	return f
+}
+
+// carryFrames carries what comes from one device to another one, in order and
+// late, until one of them is closed.
+func carryFrames(from, to *os.File) {
+	type frame struct {
+		b   []byte
+		due time.Time
+	}
+	queue := make(chan frame, 4096)
+	defer close(queue)
+	go func() {
+		for f := range queue {
+			time.Sleep(time.Until(f.due))
+			to.Write(f.b)
+		}
+	}()
+	b := make([]byte, 1<<16)
+	for {
+		n, err := from.Read(b)
+		if err != nil {
+			return
+		}
+		queue <- frame{bytes.Clone(b[:n]), time.Now().Add(distance)}
 	}
 }

@@ -115,6 +115,12 @@ func (w *world) plugLAN(t testing.TB) {
 func (w *world) uplink(t testing.TB, h *host, name string, addrs ...string) {
 	t.Helper()
 	connect(t, h, "wan0", w.net, name)
+	w.address(t, h, name, addrs...)
+}
+
+// address is uplink where the cable is there.
+func (w *world) address(t testing.TB, h *host, name string, addrs ...string) {
+	t.Helper()
 	w.net.ip(t, "addr add fe80::1/64 dev "+name+" nodad")
 	own6 := ""
 	for _, a := range addrs {
