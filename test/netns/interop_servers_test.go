@@ -2,12 +2,9 @@ package netns_test
 
 import (
 	"bytes"
-	"crypto/ed25519"
-	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"math/big"
 	"os"
 	"testing"
 	"time"
@@ -133,20 +130,13 @@ func interopV2ray(protocol, settings string) func(testing.TB, *site) *process {
 // proxy.example in tls.crt of the site that is its own authority.
 func interopV2rayTLS(protocol, settings string) func(testing.TB, *site) *process {
 	return func(t testing.TB, s *site) *process {
-		_, key, err := ed25519.GenerateKey(rand.Reader)
+		cert, crt := certificate(t, "proxy.example")
+		key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
 		s.must(t, err)
-		template := &x509.Certificate{
-			SerialNumber: big.NewInt(1), DNSNames: []string{"proxy.example"}, NotAfter: time.Now().Add(time.Hour),
-			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
-		}
-		cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-		s.must(t, err)
-		private, err := x509.MarshalPKCS8PrivateKey(key)
-		s.must(t, err)
-		crt := s.file(t, "tls.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})), 0o644)
-		pkey := s.file(t, "tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})), 0o644)
+		private := string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
 		return startV2ray(t, s, protocol, settings, fmt.Sprintf(
-			`{ "security": "tls", "tlsSettings": { "certificates": [{ "certificateFile": %q, "keyFile": %q }] } }`, crt, pkey))
+			`{ "security": "tls", "tlsSettings": { "certificates": [{ "certificateFile": %q, "keyFile": %q }] } }`,
+			s.file(t, "tls.crt", crt, 0o644), s.file(t, "tls.key", private, 0o644)))
 	}
 }
 
