@@ -82,6 +82,7 @@ func (m *maker) chain(c routes.Chain, action routes.Action) *upstream.Server {
 		From:          upstream.Local{Addr: last.Source, If: last.If},
 		Pipeline:      upstream.Pipeline(last.Pipeline),
 		UDP:           upstreamUDP(last.UDP),
+		Cold:          last.Cold,
 		MaxFlows:      last.Flows,
 		MaxHandshakes: last.Handshakes,
 	}

@@ -121,6 +121,7 @@ type Server struct {
 	Credential string     // name of the user name and password to use; empty: none
 	Pipeline   Pipeline
 	UDP        UDPMode
+	Cold       bool   // no connections are made to it ahead of need
 	Flows      int    // that it is given at once; 0: no limit
 	Handshakes int    // that are under way with it at once; 0: no limit
 	File       string // where it was first written

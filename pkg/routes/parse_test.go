@@ -124,6 +124,7 @@ func TestDiagnostics(t *testing.T) {
 		{"SERVER p 10.0.0.1 type=http\nSOCKD5 @=p *", "2:1 E29!", "SOCKD5, but server p has type=http (socks.cnf:1)"},
 		{"SERVER p 10.0.0.1 type=http\nSOCKD5 @=p>10.0.0.2 *.a.example\nHTTP @=p *", "", ""},
 		{"SERVER p 10.0.0.1 type=socks4\nSOCKD @=p *", "", ""},
+		{"SERVER p 10.0.0.1 warm=hot", "1:19 E29!", "warm is one of auto, off"},
 		{"SERVER p 10.0.0.1 flows=0 handshakes=x", "1:19 E29! 1:27 E29!", "a limit is a number from 1 on"},
 		{"SERVER p 10.0.0.1 sni=a.example", "1:19 E29!", "sni= without tls"},
 		{"SERVER p 10.0.0.1 source=0.0.0.0 if=a/b", "1:19 E29! 1:34 E29!", ""},

@@ -247,6 +247,8 @@ func (l *line) serverOptions(at token) *Server {
 			s.Pipeline = Pipeline(l.serverWord(t, lower, pipelineWords[1:]...)) + PipelineOff
 		case "udp":
 			s.UDP = UDPMode(l.serverWord(t, lower, udpWords[:]...))
+		case "warm":
+			s.Cold = l.serverWord(t, lower, "auto", "off") == 1
 		case "tls":
 			s.TLS = true
 		case "sni":
@@ -272,7 +274,7 @@ func (l *line) serverOptions(at token) *Server {
 			l.errorf(t, "E28", "%s: GSSAPI is not built in", key)
 		default:
 			msg := "unknown option %q of SERVER"
-			if w := closest(key, []string{"type", "auth", "credential", "pipeline", "udp", "sni", "source", "if", "flows", "handshakes"}); w != "" {
+			if w := closest(key, []string{"type", "auth", "credential", "pipeline", "udp", "warm", "sni", "source", "if", "flows", "handshakes"}); w != "" {
 				msg += "; did you mean " + w + "=?"
 			}
 			l.errorf(t, "E29", msg, t.text)

@@ -79,6 +79,7 @@ type Server struct {
 	From     Local       // of a server without Via
 	Pipeline Pipeline
 	UDP      UDPMode // what it is told when it is asked for an association
+	Cold     bool    // no connections are made ahead of need
 
 	MaxFlows      int // that it carries at once; 0: no limit
 	MaxHandshakes int // that are under way at once; 0: no limit

@@ -41,7 +41,7 @@ type ready struct {
 func (h *health) takeWarm(s *Server) (net.Conn, Protocol) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.trip.best < worthwhile {
+	if s.Cold || h.trip.best < worthwhile {
 		return nil, 0
 	}
 	w := &h.warm

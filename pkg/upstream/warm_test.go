@@ -169,6 +169,7 @@ func TestFirstByte(t *testing.T) {
 		{"a stream", false, PipelineAuto, flow.Target{}, 4, 2, "greeting"},
 		{"a stream, with a target of probes that answers", false, PipelineAuto, target, 4, 1, "data"},
 		{"pipeline=off", false, PipelineOff, target, 4, 2, "off"},
+		{"pipeline=off, warm=off", false, PipelineOff, target, 4, 4, "off"},
 		{"pipeline=greeting", false, PipelineGreeting, flow.Target{}, 3, 2, "greeting"},
 		{"pipeline=data", false, PipelineData, flow.Target{}, 2, 1, "data"},
 	}
@@ -179,7 +180,7 @@ func TestFirstByte(t *testing.T) {
 				l := &lab{hosts: map[string]behaviour{addrA: f.serve}}
 				p := l.pool(t, Options{Probe: tt.probe})
 				// As long as the target's name is, so that the server knows the length of a request.
-				s := &Server{Name: "s", Host: "example.org", Addr: netip.AddrPortFrom(netip.Addr{}, 443), Pipeline: tt.pipeline}
+				s := &Server{Name: "s", Host: "example.org", Addr: netip.AddrPortFrom(netip.Addr{}, 443), Pipeline: tt.pipeline, Cold: strings.Contains(tt.name, "warm=off")}
 				l.hosts["192.0.2.1:443"] = f.serve
 				o := *p.options.Load()
 				o.Resolve = func(context.Context, string) ([]netip.Addr, error) {
