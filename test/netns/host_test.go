@@ -221,6 +221,25 @@ func (h *host) listen(t testing.TB, network, addr string) net.Listener {
 	return l
 }
 
+// answerTCP serves each connection to an address and port of the host, and
+// closes it.
+func (h *host) answerTCP(t testing.TB, at string, serve func(*net.TCPConn)) {
+	t.Helper()
+	l := h.listen(t, "tcp", at)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				serve(c.(*net.TCPConn))
+			}()
+		}
+	}()
+}
+
 // listenPacket opens a UDP socket on the machine until the test ends.
 func (h *host) listenPacket(t testing.TB, network, addr string) net.PacketConn {
 	t.Helper()

@@ -483,22 +483,3 @@ func (r *interopRun) bind() (outcome, error) {
 	_, err = io.ReadFull(c, make([]byte, 1))
 	return seen(err, 0)
 }
-
-// answerTCP serves each connection to an address and port of the host, and
-// closes it.
-func (h *host) answerTCP(t testing.TB, at string, serve func(*net.TCPConn)) {
-	t.Helper()
-	l := h.listen(t, "tcp", at)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				serve(c.(*net.TCPConn))
-			}()
-		}
-	}()
-}
