@@ -68,7 +68,7 @@ func TestPacketErrors(t *testing.T) {
 		t.Errorf("the other family: %v", err)
 	}
 	p.Close()
-	if n := openFDs(t); n != before {
+	if n := openFDs(t); n > before {
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 }
@@ -125,7 +125,7 @@ func TestPacketPair(t *testing.T) {
 		t.Error(err)
 	}
 	f.Close()
-	if n := openFDs(t); n != before {
+	if n := openFDs(t); n > before { // fewer, if one of a test before this was still being closed
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 }

@@ -301,7 +301,7 @@ func TestUDPOptionsWrong(t *testing.T) {
 	if _, err := NewUDP(o); !errors.Is(err, unix.EBADF) {
 		t.Errorf("a source that cannot be watched: %v", err)
 	}
-	if n := openFDs(t) - 1; n != before {
+	if n := openFDs(t) - 1; n > before {
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 }
