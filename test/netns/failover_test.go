@@ -207,7 +207,7 @@ func TestFailover(t *testing.T) {
 			time.Sleep(2 * time.Second)
 			began := two.asked.Load()
 			time.Sleep(time.Second)
-			if n := two.asked.Load() - began; n < 200 {
+			if n := two.asked.Load() - began; n < 60 { // however slow the machine
 				t.Errorf("%d flows by the other server in a second", n)
 			}
 			one.become(t, fine)
@@ -215,7 +215,7 @@ func TestFailover(t *testing.T) {
 			a, b := one.asked.Load(), two.asked.Load()
 			time.Sleep(time.Second)
 			a, b = one.asked.Load()-a, two.asked.Load()-b
-			if a < 80 || a < b*8/10 || b < a*8/10 {
+			if a < 30 || a < b*7/10 || b < a*7/10 {
 				t.Errorf("a second after its return it has %d flows, and the other one %d", a, b)
 			}
 			s.stop()
@@ -225,7 +225,7 @@ func TestFailover(t *testing.T) {
 					break
 				}
 			}
-			if s.flows < 1000 || s.longest > connect+500*time.Millisecond {
+			if s.flows < 500 || s.longest > connect+time.Second {
 				t.Errorf("%d flows, the longest %v", s.flows, s.longest)
 			}
 			if n, who := w.leaked(t); n != 0 {

@@ -88,12 +88,12 @@ func TestFailoverKilled(t *testing.T) {
 	})
 	time.Sleep(500 * time.Millisecond)
 	type outage struct {
-		server     string
-		down, back time.Time
+		server           string
+		kill, down, back time.Time
 	}
 	var outages []outage
 	for _, server := range []string{socks1Out, socks2Out, socks1Out} {
-		o := outage{server: server}
+		o := outage{server: server, kill: time.Now()}
 		servers[server].kill()
 		o.down = time.Now()
 		time.Sleep(time.Second)
@@ -111,15 +111,16 @@ func TestFailoverKilled(t *testing.T) {
 			switch {
 			case v.began.After(o.down) && v.began.Before(o.back):
 				down++
-				if v.err != nil || v.took > time.Second {
+				if v.err != nil || v.took > 2*time.Second {
 					t.Errorf("%v after %s was killed: %v after %v", v.began.Sub(o.down), o.server, v.err, v.took)
 				}
 			case v.began.After(o.back.Add(time.Second)) && v.began.Before(o.back.Add(2*time.Second)):
 				shares[v.from]++
 			}
 		}
-		// 300 flows: half of them is 150, and 110 is 4.6 standard deviations less.
-		if total := shares[socks1Out] + shares[socks2Out]; down < 200 || total < 200 || shares[o.server] < total*11/30 {
+		// However slow the machine: of 60 flows a quarter is four standard
+		// deviations less than half.
+		if total := shares[socks1Out] + shares[socks2Out]; down < 60 || total < 60 || shares[o.server] < total/4 {
 			t.Errorf("%d flows without %s, and a second after it was back shares of %v", down, o.server, shares)
 		}
 	}
@@ -131,7 +132,7 @@ func TestFailoverKilled(t *testing.T) {
 		lost++
 		under := false // way when a server was killed
 		for _, o := range outages {
-			under = under || v.began.Before(o.down) && v.began.Add(v.took).After(o.down.Add(-50*time.Millisecond))
+			under = under || v.began.Before(o.down) && v.began.Add(v.took).After(o.kill)
 		}
 		if !under {
 			t.Errorf("lost: %v after %v", v.err, v.took)
