@@ -140,18 +140,25 @@ func TestOutOfDescriptors(t *testing.T) {
 	if n := c.number("refused"); n == 0 {
 		t.Error("none counted as refused")
 	}
-	before := c.cpu()
-	time.Sleep(300 * time.Millisecond)
-	if used := c.cpu() - before; used > 100*time.Millisecond {
-		t.Errorf("%v of processor time in 300 ms of nothing to do", used)
-	}
+	// The last of the crowd may still be on its way out: one quiet moment of
+	// many is asked for. Who spins has none.
+	eventually(t, "a moment without work", func() bool {
+		before := c.cpu()
+		time.Sleep(300 * time.Millisecond)
+		return c.cpu()-before < 100*time.Millisecond
+	})
 	t.Logf("%d flows; %s", len(ok), c.ask("stats"))
 	for _, k := range ok {
 		k.Close()
 	}
 	eventually(t, "all flows ended", func() bool { return strings.Contains(c.ask("stats"), "Streams:0 ") })
-	if again := crowd(t, c.addr, 5); len(again) != 5 {
-		t.Errorf("then %d flows, want 5", len(again))
+	// Their descriptors follow within a moment.
+	again := 0
+	for i := 0; again != 5 && i < 10; i++ {
+		again = len(crowd(t, c.addr, 5))
+	}
+	if again != 5 {
+		t.Errorf("then %d flows, want 5", again)
 	}
 }
 
