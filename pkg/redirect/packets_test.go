@@ -155,6 +155,17 @@ func local() []asked {
 	}
 }
 
+// answerOn starts a service in the network namespace of the calling thread.
+func answerOn(t *testing.T, addr string) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	t.Cleanup(func() { l.Close() })
+	go answer(l, func(net.Conn) string { return "service" })
+}
+
 func TestLocal(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -165,15 +176,7 @@ func TestLocal(t *testing.T) {
 	w.expect(w.client, forwarded()...)
 	w.leaked()
 	// A service of the gateway answers, to the client and to itself.
-	w.gateway.do(func() {
-		l, err := net.Listen("tcp", ":7777")
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		t.Cleanup(func() { l.Close() })
-		go answer(l, func(net.Conn) string { return "service" })
-	})
+	w.gateway.do(func() { answerOn(t, ":7777") })
 	w.serveUDP(w.gateway, 7777)
 	w.expect(w.client, asked{"tcp 10.7.1.1:7777", "service"}, asked{"tcp [2001:db8:1::1]:7777", "service"},
 		asked{"udp 10.7.1.1:7777", "server hello"}, asked{"udp [2001:db8:1::1]:7777", "server hello"})

@@ -76,6 +76,13 @@ type Plan struct {
 	Synthetic  []netip.Prefix   // stand for names: TCP and UDP are always diverted, all else refused
 	Servers    []netip.AddrPort // first hops: their TCP port may always be reached
 
+	// Enclosed makes a namespace of its own, of a command or a container, lead
+	// nowhere but to us: flows have a way into the table without an interface
+	// and an address, and by interfaces nothing enters or leaves. It goes with
+	// Local.
+	Enclosed bool
+	Keep     []Kept // of an enclosed namespace: what stays as it is
+
 	// Readmit, if not nil, is what the dynamic sets hold once the plan is in
 	// force, in the same transaction. If it is nil they keep what they hold.
 	Readmit []Admission
@@ -98,7 +105,13 @@ func (p *Plan) check() error {
 	if p.Table <= 0 || p.Table >= 253 && p.Table <= 255 || p.Table > 1<<31-1 {
 		errs = append(errs, fmt.Errorf("redirect: routing table %d: it must be one of its own", p.Table))
 	}
+	if err := p.checkEnclosure(); err != nil {
+		errs = append(errs, err)
+	}
 	names := slices.Clone(p.Interfaces)
+	for _, k := range p.Keep {
+		names = append(names, k.Name)
+	}
 	for i := range p.Blocks {
 		names = append(names, p.Blocks[i].Ifs...)
 	}

@@ -24,6 +24,7 @@ const (
 	prefDirect   = 172 // Direct mark: on with the rules of others
 	prefProhibit = 173 // Entered mark, or from a named interface: prohibited
 	prefNext     = 174 // where prefDirect goes: does nothing
+	prefNowhere  = 175 // Direct mark, in an enclosed namespace: unreachable
 )
 
 // Actions of a rule that are no type of route (fib_rules.h, FR_ACT_…).
@@ -84,6 +85,11 @@ func (p *policy) rules(plan *Plan, fam int) []netlink.Rule {
 		r.Table = plan.Table
 		rs = append(rs, r)
 	}
+	if plan.Enclosed && fam == unix.AF_INET {
+		r := rule(prefNowhere, plan.Marks.Direct(), "")
+		r.Type = unix.RTN_UNREACHABLE
+		rs = append(rs, r)
+	}
 	if len(plan.Interfaces) == 0 {
 		return rs
 	}
@@ -116,11 +122,20 @@ func sortedInterfaces(p *Plan) []string {
 // route is the one of our table: everything is local, on lo.
 func route(p *Plan, fam int) *netlink.Route {
 	r := &netlink.Route{LinkIndex: loIndex, Table: p.Table, Type: unix.RTN_LOCAL, Family: fam, Protocol: RouteProtocol,
-		Scope: netlink.SCOPE_HOST, Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}}
+		Scope: netlink.SCOPE_HOST, Dst: allOf(fam)}
 	if fam == unix.AF_INET6 {
-		r.Scope, r.Dst = netlink.SCOPE_UNIVERSE, &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
+		r.Scope = netlink.SCOPE_UNIVERSE
 	}
 	return r
+}
+
+// routes returns the routes of a plan.
+func routes(p *Plan, fam int) []*netlink.Route {
+	list := []*netlink.Route{route(p, fam)}
+	if p.Enclosed {
+		list = append(list, wayIn(fam))
+	}
+	return list
 }
 
 // missing is what ensure had to add.
@@ -139,13 +154,13 @@ func (p *policy) ensure(plan *Plan, only func(pref int) bool) (m missing, err er
 		if len(plan.Interfaces) == 0 && !plan.Local {
 			continue
 		}
-		switch err := p.h.RouteAdd(route(plan, fam)); {
-		case err == nil:
-			m.routes++
-		case fam == unix.AF_INET6 && noFamily(err):
+		added, err := p.addRoutes(plan, fam)
+		m.routes += added
+		if fam == unix.AF_INET6 && noFamily(err) {
 			continue
-		case !errors.Is(err, unix.EEXIST):
-			return m, fmt.Errorf("redirect: route in table %d: %w", plan.Table, err)
+		}
+		if err != nil {
+			return m, err
 		}
 		for _, r := range p.rules(plan, fam) {
 			if !only(r.Priority) {
@@ -160,6 +175,25 @@ func (p *policy) ensure(plan *Plan, only func(pref int) bool) (m missing, err er
 		}
 	}
 	return m, nil
+}
+
+// addRoutes adds what of the plan's routes is not there, and returns how many
+// it were.
+func (p *policy) addRoutes(plan *Plan, fam int) (n int, err error) {
+	if plan.Enclosed {
+		if err := p.addSource(fam); err != nil {
+			return 0, err
+		}
+	}
+	for _, r := range routes(plan, fam) {
+		switch err := p.h.RouteAdd(r); {
+		case err == nil:
+			n++
+		case !errors.Is(err, unix.EEXIST):
+			return n, fmt.Errorf("redirect: route in table %d: %w", r.Table, err)
+		}
+	}
+	return n, nil
 }
 
 // loUp brings lo up: what is diverted is routed to it, and at boot or in a new
@@ -232,8 +266,13 @@ func (p *policy) drop(plan *Plan) error {
 			return fmt.Errorf("redirect: routes: %w", err)
 		}
 		for _, r := range routes {
-			if plan != nil && r.Table == plan.Table && (len(plan.Interfaces) > 0 || plan.Local) {
+			if plan != nil && (r.Table == plan.Table && (len(plan.Interfaces) > 0 || plan.Local) || r.Table == unix.RT_TABLE_MAIN && plan.Enclosed) {
 				continue
+			}
+			if r.Table == unix.RT_TABLE_MAIN { // that of an enclosed namespace
+				if err := p.dropSource(fam); err != nil {
+					return err
+				}
 			}
 			if err := p.h.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
 				return fmt.Errorf("redirect: delete route in table %d: %w", r.Table, err)

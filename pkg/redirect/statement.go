@@ -66,6 +66,16 @@ func iif(name string) statement {
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, eq(ifname(name))}}
 }
 
+func iifNot(name string) statement {
+	return statement{text: fmt.Sprintf("iifname != %q", name), exprs: []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, neq(ifname(name))}}
+}
+
+func oif(name string) statement {
+	return statement{text: fmt.Sprintf("oifname %q", name), exprs: []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, eq(ifname(name))}}
+}
+
 func oifNot(name string) statement {
 	return statement{text: fmt.Sprintf("oifname != %q", name), exprs: []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, neq(ifname(name))}}

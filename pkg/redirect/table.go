@@ -118,6 +118,7 @@ func (t *table) ends(p *Plan) {
 	refuse.add(ctMark(m, m.Own()), setCtMark(m, m.Lan()))
 	refuse.add(setMark(m, 0), count(countRefused))
 	refuse.add(proto(tcp), rejectReset())
+	t.nowhere(p, refuse)
 	refuse.add(proto(udp), rejectPort())
 	refuse.add(rejectProhibited())
 }
@@ -148,8 +149,7 @@ func (t *table) implicit(p *Plan) {
 	c.add(icmpType(icmp, icmpErrors(icmp)...), going("direct"))
 	c.add(icmpType(icmpv6, slices.Concat(icmpErrors(icmpv6), neighbourhood())...), going("direct"))
 	c.add(toUs(), going("direct"))
-	c.add(daddr(netip.MustParsePrefix("169.254.0.0/16")), going("direct"))
-	c.add(daddr(netip.MustParsePrefix("fe80::/10")), going("direct"))
+	t.links(p, c)
 	for _, f := range []family{ip4, ip6} {
 		var servers []netip.AddrPort
 		for _, s := range p.Servers {
@@ -198,6 +198,7 @@ func (t *table) decide(p *Plan) error {
 	denied.add(ctMark(p.Marks, p.Marks.Own()), setCtMark(p.Marks, p.Marks.Lan()))
 	denied.add(setMark(p.Marks, 0), count(countDenied))
 	denied.add(proto(tcp), rejectReset())
+	t.nowhere(p, denied)
 	denied.add(rejectProhibited())
 
 	// What a name stands for is nobody's address: nothing may pass.

@@ -78,7 +78,11 @@ func TestTextIsWhatApplyDoes(t *testing.T) {
 		"no udp":     func(p *Plan) { p.Ports.UDP = 0 },
 		"udp only":   func(p *Plan) { p.Ports.TCP = 0 },
 		"nothing":    func(p *Plan) { *p = Plan{Marks: p.Marks, Table: p.Table} },
-		"odd mask":   func(p *Plan) { p.Marks = Marks{Value: 0x80000000, Mask: 0x80010100} },
+		"enclosed": func(p *Plan) {
+			*p = enclosedPlan()
+			p.Keep = []Kept{{"eth0", prefixes("10.0.0.0/8", "2001:db8::/64")}, {"eth1", nil}}
+		},
+		"odd mask": func(p *Plan) { p.Marks = Marks{Value: 0x80000000, Mask: 0x80010100} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

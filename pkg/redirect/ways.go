@@ -81,6 +81,8 @@ func divert(c *chain, p l4, port uint16, counter string) {
 func (t *table) ways(p *Plan) {
 	m := p.Marks
 	pre := t.base("prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting)
+	post := t.base("postrouting", nftables.ChainTypeFilter, nftables.ChainHookPostrouting)
+	t.enclose(p, pre, post)
 	if len(p.Interfaces) > 0 {
 		t.lan(p)
 		for _, i := range p.Interfaces {
@@ -93,7 +95,6 @@ func (t *table) ways(p *Plan) {
 		t.unheard(p)
 		t.output(p)
 	}
-	post := t.base("postrouting", nftables.ChainTypeFilter, nftables.ChainHookPostrouting)
 	post.add(mark(m, m.Lan()), oifNot("lo"), count(countGuard), drop())
 	post.add(mark(m, m.Local()), oifNot("lo"), count(countGuard), drop())
 	// An answer leaves from the address that was asked, and only to where questions
