@@ -48,7 +48,10 @@ func run(e *env, args []string) int {
 func (e *env) status(err error) int {
 	var diags routes.Diagnostics
 	var failed *failure
+	var x exited
 	switch {
+	case errors.As(err, &x):
+		return int(x)
 	case err == nil:
 		return exitDone
 	case errors.As(err, &diags), errors.Is(err, errRefused): // said already, place by place
@@ -126,7 +129,7 @@ behind it are not touched.`),
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		serveCommand(e), checkCommand(e), explainCommand(e), reloadCommand(e), statusCommand(e), flowsCommand(e),
-		closeCommand(e), cleanupCommand(e), demoCommand(e), versionCommand(e),
+		closeCommand(e), runCommand(e), cleanupCommand(e), demoCommand(e), versionCommand(e),
 	)
 	return root
 }

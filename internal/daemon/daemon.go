@@ -43,6 +43,8 @@ type Daemon struct {
 	own     hostAddrs
 	mark    redirect.Marks // never changes while the daemon runs
 
+	enclosure *Enclosure // nor does this: where flows are taken; nil: here
+
 	kernel  *redirect.Redirect
 	flows   *redirect.Listener
 	udp     *redirect.UDPListener
@@ -71,7 +73,7 @@ type reloadCount struct {
 // New brings up everything of setup but the serving itself: what can fail
 // fails here, and then nothing is left behind that was not there before.
 func New(setup *Setup, log *slog.Logger) (*Daemon, error) {
-	d := &Daemon{log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark}
+	d := &Daemon{log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark, enclosure: setup.enclosure}
 	if err := d.open(); err != nil {
 		d.release(true)
 		return nil, err
@@ -81,25 +83,11 @@ func New(setup *Setup, log *slog.Logger) (*Daemon, error) {
 
 func (d *Daemon) open() (err error) {
 	c, part := d.setup.Config, func(name string) *slog.Logger { return d.log.With("part", name) }
-	if d.kernel, err = redirect.Open(redirect.Options{Log: part("redirect")}); err != nil {
-		return err
-	}
 	if d.engine, err = relay.New(relay.Options{Log: part("relay")}); err != nil {
 		return err
 	}
-	if d.flows, err = redirect.ListenTCP(c.Intercept.Mark); err != nil {
+	if err := d.inside(func() error { return d.listen(part("redirect")) }); err != nil {
 		return err
-	}
-	if d.udp, err = redirect.ListenUDP(c.Intercept.Mark, runtime.GOMAXPROCS(0)); err != nil {
-		return err
-	}
-	if d.refuser, err = redirect.NewRefuser(c.Intercept.Mark); err != nil {
-		return err
-	}
-	if c.Intercept.DNS {
-		if d.dns, err = redirect.ListenDNS(c.Intercept.Mark); err != nil {
-			return err
-		}
 	}
 	plan, err := d.setup.plan()
 	if err != nil {
@@ -121,7 +109,7 @@ func (d *Daemon) open() (err error) {
 		},
 		Dial:      d.dialMarked,
 		Resolvers: d.setup.resolvers(),
-		Own:       d.own.has,
+		Own:       d.ownAddr,
 		Interface: askerInterface,
 		Log:       part("fakedns"),
 	}); err != nil {
@@ -139,30 +127,60 @@ func (d *Daemon) open() (err error) {
 		Gone:      gone,
 		Index:     d.kernel.InterfaceName,
 		Own:       d.ownListener,
-		Admit:     func(list []gateway.Admission) error { return d.kernel.Admit(toKernel(list)) },
+		Admit:     d.admit(),
 		Log:       part("gateway"),
 	})
 	if d.packets, err = relay.NewUDP(d.udpOptions()); err != nil {
 		return err
 	}
 	d.packets.SetLimits(d.setup.udpLimits())
-	if d.socket, err = control.Listen(c.Control.Socket); err != nil {
-		return err
+	if c.Control.Socket != "" {
+		if d.socket, err = control.Listen(c.Control.Socket); err != nil {
+			return err
+		}
 	}
 	if c.Control.Metrics != "" {
 		if d.metrics, err = net.Listen("tcp", c.Control.Metrics); err != nil {
 			return fmt.Errorf("daemon: [control] metrics: %w", err)
 		}
 	}
-	for _, h := range redirect.Hindrances(d.mark) {
-		d.log.Warn(h)
-	}
 	p := kernelPlan(d.setup, d.ports())
 	p.Readmit = d.setup.readmitAtStart()
+	if d.enclosure != nil {
+		if err := d.setup.enclose(&p); err != nil {
+			return err
+		}
+	}
 	if err := d.kernel.Apply(p); err != nil {
 		return err
 	}
 	d.noteDecided(d.setup)
+	return nil
+}
+
+// listen makes everything that belongs to the network namespace of the calling
+// thread, where flows are taken.
+func (d *Daemon) listen(log *slog.Logger) (err error) {
+	if d.kernel, err = redirect.Open(redirect.Options{Log: log}); err != nil {
+		return err
+	}
+	if d.flows, err = redirect.ListenTCP(d.mark); err != nil {
+		return err
+	}
+	if d.udp, err = redirect.ListenUDP(d.mark, runtime.GOMAXPROCS(0)); err != nil {
+		return err
+	}
+	if d.refuser, err = redirect.NewRefuser(d.mark); err != nil {
+		return err
+	}
+	if d.setup.Config.Intercept.DNS {
+		if d.dns, err = redirect.ListenDNS(d.mark); err != nil {
+			return err
+		}
+	}
+	for _, h := range redirect.Hindrances(d.mark) {
+		d.log.Warn(h)
+	}
 	return nil
 }
 
@@ -208,7 +226,9 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 		Reload:  func() error { return refusal(d.Reload()) },
 		Metrics: d.metricsHandler(),
 	}
-	task("control", func(ctx context.Context) error { return control.Serve(ctx, d.socket, control.Handler(offer)) })
+	if d.socket != nil {
+		task("control", func(ctx context.Context) error { return control.Serve(ctx, d.socket, control.Handler(offer)) })
+	}
 	if d.metrics != nil {
 		task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })
 	}
@@ -223,6 +243,9 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 }
 
 func (d *Daemon) readyLine() string {
+	if d.enclosure != nil {
+		return fmt.Sprintf("%d rules, %d servers", len(d.setup.Table.Rules()), len(d.setup.Table.Servers()))
+	}
 	c := d.setup.Config.Intercept
 	what := "interfaces " + fmt.Sprint(c.Interfaces)
 	if c.Local {
@@ -239,6 +262,15 @@ func (d *Daemon) stop() {
 	notifyStopping()
 	d.log.Info("stopping")
 	d.release(d.setup.Config.Intercept.Fail == config.FailClosed)
+}
+
+// Drain waits until no TCP flow is being carried, at most so long: what a
+// client has sent before it ended is still on its way.
+func (d *Daemon) Drain(limit time.Duration) {
+	const step = 2 * time.Millisecond
+	for end := time.Now().Add(limit); d.gateway.Stats().Live > 0 && time.Now().Before(end); {
+		time.Sleep(step)
+	}
 }
 
 // release takes down whatever is up, the kernel first, so that clients hear

@@ -23,7 +23,7 @@ func (s *Setup) decidedBy() string {
 // readmitAtStart returns what Plan.Readmit shall be for the first plan: nil, so
 // that everything is kept, or nothing.
 func (s *Setup) readmitAtStart() []redirect.Admission {
-	if s.Table == nil {
+	if s.Table == nil || s.enclosure != nil {
 		return []redirect.Admission{}
 	}
 	b, err := os.ReadFile(filepath.Join(s.Config.State.Directory, decidedFile))
@@ -35,11 +35,17 @@ func (s *Setup) readmitAtStart() []redirect.Admission {
 
 // forgetDecided removes the digest, before other rules let something pass.
 func (s *Setup) forgetDecided() {
+	if s.enclosure != nil {
+		return // nothing is let pass there
+	}
 	os.Remove(filepath.Join(s.Config.State.Directory, decidedFile))
 }
 
 // noteDecided writes the digest; if it cannot be written there is none.
 func (s *Setup) noteDecided() error {
+	if s.enclosure != nil {
+		return nil
+	}
 	path := filepath.Join(s.Config.State.Directory, decidedFile)
 	err := os.WriteFile(path+".new", []byte(s.decidedBy()), 0o644)
 	if err == nil {

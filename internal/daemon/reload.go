@@ -35,7 +35,7 @@ func (d *Daemon) Reload() error {
 }
 
 func (d *Daemon) reload() error {
-	next, diags := Load(d.setup.Config.Path, d.setup.credentialDir)
+	next, diags := d.setup.again()
 	if diags.HasErrors() {
 		return diags
 	}
@@ -51,6 +51,11 @@ func (d *Daemon) reload() error {
 	}
 	d.admitting.Lock()
 	defer d.admitting.Unlock()
+	if next.enclosure != nil { // the kernel's plan is the same for all rules
+		d.follow(next, plan)
+		d.setup = next
+		return nil
+	}
 	kernel := kernelPlan(next, d.ports())
 	if next.decidedBy() != d.setup.decidedBy() { // else it all stays, what a daemon before this one let pass too
 		inForce, err := d.inForce()
@@ -70,6 +75,14 @@ func (d *Daemon) reload() error {
 	d.setup = next
 	d.noteDecided(next)
 	return nil
+}
+
+// again reads the files of s again.
+func (s *Setup) again() (*Setup, routes.Diagnostics) {
+	if s.enclosure != nil {
+		return s.enclosure.setup()
+	}
+	return Load(s.Config.Path, s.credentialDir)
 }
 
 // follow makes user space do what s says, of which plan is made.

@@ -25,7 +25,8 @@ type Setup struct {
 	credentials config.Credentials
 	host        hostDNS
 
-	credentialDir string // where Load was told to look for credentials
+	credentialDir string     // where Load was told to look for credentials
+	enclosure     *Enclosure // nil: flows of this host and of its interfaces
 }
 
 // Load reads tproxyd.toml at path and the files that it names. CredentialDir
@@ -41,14 +42,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	creds, more := config.LoadCredentials(c.Credentials, credentialDir)
 	diags = append(diags, more...)
 	if t != nil && creds != nil {
-		for _, s := range t.Servers() {
-			if _, ok := creds[s.Credential]; s.Credential != "" && !ok {
-				diags = append(diags, routes.Diagnostic{
-					File: s.File, Line: s.Line, Col: 1, Severity: routes.Error, Code: "E20",
-					Msg: fmt.Sprintf("server %s: no credential %q in the credentials file or among systemd's credentials", s.Name, s.Credential),
-				})
-			}
-		}
+		diags = append(diags, missingCredentials(t, creds)...)
 	}
 	if diags.HasErrors() {
 		return nil, diags
@@ -63,6 +57,19 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 		diags = append(diags, rulesOfPort53(t)...)
 	}
 	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir}, diags
+}
+
+// missingCredentials reports the servers whose credentials nobody knows.
+func missingCredentials(t *routes.Table, creds config.Credentials) (diags routes.Diagnostics) {
+	for _, s := range t.Servers() {
+		if _, ok := creds[s.Credential]; s.Credential != "" && !ok {
+			diags = append(diags, routes.Diagnostic{
+				File: s.File, Line: s.Line, Col: 1, Severity: routes.Error, Code: "E20",
+				Msg: fmt.Sprintf("server %s: no credential %q in the credentials file or among systemd's credentials", s.Name, s.Credential),
+			})
+		}
+	}
+	return diags
 }
 
 // LoadClosed reads what CloseTable needs: no credentials, and rules only if no
@@ -111,6 +118,9 @@ func (s *Setup) plan() (*gateway.Plan, error) {
 
 // LocalNames returns which names stay local (R15).
 func (s *Setup) LocalNames() routes.LocalNames {
+	if s.enclosure != nil {
+		return routes.LocalNames{None: true}
+	}
 	if s.Config != nil && s.Config.DNS.Search != nil {
 		return routes.LocalNames{Search: s.Config.DNS.Search}
 	}

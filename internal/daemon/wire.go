@@ -37,7 +37,7 @@ func kernelPlan(s *Setup, ports redirect.Ports) redirect.Plan {
 		Table:      c.Intercept.Table,
 		Synthetic:  []netip.Prefix{c.DNS.Pool4, c.DNS.Pool6},
 	}
-	if s.Table == nil {
+	if s.Table == nil || s.enclosure != nil {
 		return p // no block: everything is denied
 	}
 	for _, srv := range s.Table.FirstHops() {
@@ -145,14 +145,37 @@ func (d *Daemon) dialServer(ctx context.Context, from upstream.Local, to netip.A
 	return c, nil
 }
 
+// markOwn marks a socket as our own. What is dialled for an enclosed namespace is
+// not: for this host it is a program's like any other, and may need no privilege.
+func (d *Daemon) markOwn(fd int) error {
+	if d.enclosure != nil {
+		return nil
+	}
+	return d.mark.MarkOwn(fd)
+}
+
+// admit lets addresses pass in the kernel; nil in an enclosed namespace, where
+// nothing passes there.
+func (d *Daemon) admit() func([]gateway.Admission) error {
+	if d.enclosure != nil {
+		return nil
+	}
+	return func(list []gateway.Admission) error { return d.kernel.Admit(toKernel(list)) }
+}
+
+// ownAddr tells whether an address is of the host whose flows are taken. Of an
+// enclosed namespace none has to be known: its resolvers are not inside.
+func (d *Daemon) ownAddr(a netip.Addr) bool { return d.enclosure == nil && d.own.has(a) }
+
 // control marks a socket as our own, and ties it to the interface that it
 // leaves by, if that is stated.
 func (d *Daemon) control(from upstream.Local) func(fd int) error {
+	own := d.markOwn
 	if from.If == "" {
-		return d.mark.MarkOwn
+		return own
 	}
 	return func(fd int) error {
-		if err := d.mark.MarkOwn(fd); err != nil {
+		if err := own(fd); err != nil {
 			return err
 		}
 		return os.NewSyscallError("setsockopt SO_BINDTODEVICE "+from.If, unix.BindToDevice(fd, from.If))
@@ -174,7 +197,7 @@ func (d *Daemon) dialUDP(to netip.AddrPort) (*relay.Packet, error) {
 	if to.Addr().Is6() {
 		local = netip.IPv6Unspecified()
 	}
-	p, err := relay.NewPacket(local, d.mark.MarkOwn)
+	p, err := relay.NewPacket(local, d.markOwn)
 	if err != nil {
 		return nil, err
 	}
@@ -191,12 +214,21 @@ func (d *Daemon) udpOptions() relay.UDPOptions {
 		Sources:    d.udp.Shards(),
 		Decide:     d.gateway.DecideUDP,
 		Header:     socks.ParseUDPHeader,
-		FlowSocket: d.mark.ConnectUDP,
+		FlowSocket: d.flowSocket,
 		Refuse:     func(g flow.Datagram, r relay.Refusal) { d.refuser.Refuse(g, refusals[r]) },
 		TooBig:     func(g flow.Datagram, mtu int) { d.refuser.TooBig(g, mtu) },
 		Done:       d.gateway.SessionDone,
 		Log:        d.log.With("part", "relay"),
 	}
+}
+
+// flowSocket makes the socket of one flow of UDP, where flows are taken.
+func (d *Daemon) flowSocket(client, dst netip.AddrPort) (fd int, err error) {
+	err = d.inside(func() (err error) {
+		fd, err = d.mark.ConnectUDP(client, dst)
+		return err
+	})
+	return fd, err
 }
 
 // refusals says in the kernel's words how the relay refuses.
@@ -216,7 +248,10 @@ func (s *Setup) udpLimits() (idle, short time.Duration) {
 
 // dialMarked is dial for sockets that the relay has nothing to do with.
 func (d *Daemon) dialMarked(ctx context.Context, network, addr string) (net.Conn, error) {
-	dialer := net.Dialer{Control: d.mark.Control}
+	dialer := net.Dialer{}
+	if d.enclosure == nil {
+		dialer.Control = d.mark.Control
+	}
 	return dialer.DialContext(ctx, network, addr)
 }
 

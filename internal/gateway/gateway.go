@@ -45,7 +45,7 @@ type Connector interface {
 	Associate(ctx context.Context, g *upstream.Group, r upstream.Request, first *upstream.Server) (*upstream.Association, error)
 }
 
-// Options is what a Gateway is made of. All fields but Log are needed.
+// Options is what a Gateway is made of. All fields but Admit and Log are needed.
 type Options struct {
 	Names     Names
 	Upstream  Connector // its connections must be the Engine's, or TLS over them
@@ -58,7 +58,7 @@ type Options struct {
 	Gone      func(*relay.Conn) bool                                         // has its peer reset it, or was it closed here?
 	Index     func(ifindex int) string                                       // name of an interface; empty: this host's own
 	Own       func(netip.AddrPort) bool                                      // is it a listener of ours?
-	Admit     func([]Admission) error                                        // into the kernel's DIRECT set, before it returns
+	Admit     func([]Admission) error                                        // into the kernel's DIRECT set, before it returns; nil: there is none, and names that are DIRECT have synthetic addresses
 	Log       *slog.Logger                                                   // nil: silent
 }
 

@@ -67,7 +67,9 @@ func (g *Gateway) Decide(name string, a fakedns.Asker) (v fakedns.Verdict, share
 	case routes.Real:
 		v = fakedns.Real
 	case routes.RealDirect:
-		v = fakedns.RealDirect
+		if g.o.Admit != nil { // else the address would have to be carried without its name
+			v = fakedns.RealDirect
+		}
 	case routes.LocalFirst:
 		v = fakedns.LocalFirst
 	case routes.Refused:

@@ -33,7 +33,7 @@ type pool struct {
 
 	mu      sync.Mutex
 	t       *table
-	s       *store
+	s       *store // nil: the names are in memory only
 	pending []byte // records of the batch under way, not in the file yet
 	since   []byte // records since renew took its dump; nil: it is not under way
 	dirty   bool   // something is in the file that is not on the disk
@@ -123,6 +123,9 @@ func openPool(o *Options) (*pool, error) {
 	p.t = newTable(limit, most)
 	p.stats.Max = most
 
+	if o.Dir == "" {
+		return p, nil
+	}
 	s, content, err := openStore(o.Dir)
 	if err != nil {
 		return nil, err
@@ -184,6 +187,10 @@ func (p *pool) index(name []byte) (uint32, error) {
 // flush writes what index recorded. The lock is held.
 func (p *pool) flush() {
 	if len(p.pending) == 0 {
+		return
+	}
+	if p.s == nil {
+		p.pending = p.pending[:0]
 		return
 	}
 	if p.since != nil {
@@ -317,6 +324,9 @@ func (p *pool) renew() {
 }
 
 func (p *pool) close() error {
+	if p.s == nil {
+		return nil
+	}
 	close(p.done)
 	p.wg.Wait()
 	p.renew() // the log knows nothing of the order of last use, this does

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -409,5 +410,29 @@ func TestTableChurn(t *testing.T) {
 	}
 	if i := tab.find([]byte("host99999.some.longer.domain.example")); i == 0 || !bytes.Equal(tab.name(i), []byte("host99999.some.longer.domain.example")) {
 		t.Errorf("the last name has index %d", i)
+	}
+}
+
+// Without a directory the names are in memory: they keep their addresses as
+// long as the pool is there, and nothing is written.
+func TestPoolInMemory(t *testing.T) {
+	t.Chdir(t.TempDir())
+	p, err := openPool(&Options{Pool4: pool4, Pool6: pool6, Log: discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := addr4(p, "www.example.org")
+	if b := addr4(p, "other.example.org"); !a.IsValid() || a == b {
+		t.Errorf("the names have %v and %v", a, b)
+	}
+	if again := addr4(p, "www.example.org"); again != a {
+		t.Errorf("%v at first, then %v", a, again)
+	}
+	check(t, p.t)
+	if err := p.close(); err != nil {
+		t.Error(err)
+	}
+	if files, err := os.ReadDir("."); err != nil || len(files) > 0 {
+		t.Errorf("left behind: %v, %v", files, err)
 	}
 }

@@ -37,10 +37,10 @@ type Asker struct {
 	IfIndex int            // interface that the question came in by; 0: unknown
 }
 
-// Options is what a Server is made of. Decide, Dial and Dir are needed.
+// Options is what a Server is made of. Decide and Dial are needed.
 type Options struct {
 	Pool4, Pool6 netip.Prefix  // synthetic addresses; the zero value: none of this family
-	Dir          string        // of the file of names
+	Dir          string        // of the file of names; empty: they end with the Server
 	TTL          time.Duration // of synthetic answers; 0: 1 min
 	Max          int           // names at most; 0: 7/8 of the smaller pool, at most 1<<20
 	Quarantine   time.Duration // how long nobody gets the address of a name that lost it; 0: 1 h

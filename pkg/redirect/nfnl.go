@@ -49,10 +49,8 @@ func (c *nfnl) init() error {
 		return fmt.Errorf("redirect: netlink socket: %w", err)
 	}
 	c.pid = name.(*unix.SockaddrNetlink).Pid
-	for _, o := range []int{unix.SO_SNDBUFFORCE, unix.SO_RCVBUFFORCE} {
-		if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, o, netlinkBuffer); err != nil {
-			return fmt.Errorf("redirect: netlink buffers: %w", err)
-		}
+	if err := errors.Join(buffer(c.fd, unix.SO_SNDBUFFORCE, netlinkBuffer), buffer(c.fd, unix.SO_RCVBUFFORCE, netlinkBuffer)); err != nil {
+		return fmt.Errorf("redirect: netlink buffers: %w", err)
 	}
 	// Errors come with a text, and without the message that caused them. A
 	// kernel that knows neither sends them all the same.

@@ -135,8 +135,8 @@ func transparentUDP(fd int, v6 bool, m Marks) error {
 	if err := transparent(fd, v6, m); err != nil {
 		return err
 	}
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer); err != nil {
-		return fmt.Errorf("SO_RCVBUFFORCE: %w", err)
+	if err := buffer(fd, unix.SO_RCVBUFFORCE, receiveBuffer); err != nil {
+		return err
 	}
 	if v6 {
 		return switchOn(fd, option{unix.SOL_IPV6, unix.IPV6_RECVORIGDSTADDR, "IPV6_RECVORIGDSTADDR"},
@@ -177,10 +177,8 @@ func (m Marks) ConnectUDP(client, dst netip.AddrPort) (fd int, err error) {
 		if err := switchOn(fd, option{unix.SOL_SOCKET, unix.SO_REUSEADDR, "SO_REUSEADDR"}); err != nil {
 			return err
 		}
-		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, flowReceiveBuffer) != nil {
-			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, flowReceiveBuffer); err != nil {
-				return fmt.Errorf("SO_RCVBUF: %w", err)
-			}
+		if err := buffer(fd, unix.SO_RCVBUFFORCE, flowReceiveBuffer); err != nil {
+			return err
 		}
 		if err := unix.Bind(fd, sockaddr(dst)); err != nil {
 			return fmt.Errorf("bind: %w", err)

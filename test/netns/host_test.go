@@ -258,7 +258,7 @@ var tools = map[string]string{
 	"microsocks": "microsocks", "nft": "nftables", "ping": "iputils-ping", "setpriv": "util-linux",
 	"ss-local": "shadowsocks-libev", "ss-server": "shadowsocks-libev", "ssh": "openssh-client",
 	"ssh-keygen": "openssh-client", "sshd": "openssh-server", "tinyproxy": "tinyproxy-bin", "unshare": "util-linux",
-	"v2ray": "v2ray",
+	"v2ray": "v2ray", "wget": "wget",
 }
 
 // tool returns the path of a program, or fails with the package that has it.
