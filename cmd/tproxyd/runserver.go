@@ -63,7 +63,7 @@ func (r *runner) serve() error {
 		return r.fail(exitOwnFailure, "%v; %s", err, userNamespaceHint())
 	}
 	r.e.leaveProcessors()
-	d, diags, err := daemon.NewEnclosed(daemon.Enclosure{Inside: ns.Do, Load: load, Resolvers: resolvers, Open: true}, log)
+	d, diags, err := daemon.NewEnclosed(daemon.Enclosure{Inside: ns.Do, Load: load, Resolvers: resolvers, Ends: true}, log)
 	if diags.HasErrors() {
 		return r.e.tell(diags)
 	}

@@ -161,7 +161,7 @@ func (d *Daemon) open() (err error) {
 // listen makes everything that belongs to the network namespace of the calling
 // thread, where flows are taken.
 func (d *Daemon) listen(log *slog.Logger) (err error) {
-	if d.kernel, err = redirect.Open(redirect.Options{Log: log}); err != nil {
+	if d.kernel, err = redirect.Open(redirect.Options{Log: log, NoOwner: d.enclosure != nil && d.enclosure.Ends}); err != nil {
 		return err
 	}
 	if d.flows, err = redirect.ListenTCP(d.mark); err != nil {

@@ -25,6 +25,7 @@ type Enclosure struct {
 	Resolvers []netip.AddrPort // for names that are resolved here; empty: those of resolv.conf
 
 	Keep []string // interfaces whose own networks stay as they are
+	Ends bool     // the namespace ends with this process
 	Open bool     // at a normal stop everything of ours is removed; else the namespace stays closed
 }
 

@@ -20,6 +20,10 @@ func Adopt() error {
 // meanwhile.
 func EndChildren() {
 	for {
+		// Most have none, and to look through /proc takes longer than to ask.
+		if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); err == unix.ECHILD {
+			return
+		}
 		for _, pid := range children() {
 			unix.Kill(pid, unix.SIGKILL)
 		}

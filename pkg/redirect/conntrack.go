@@ -25,6 +25,9 @@ const (
 	subsysConntrack = 1
 	conntrackGet    = 1
 	conntrackDelete = 2
+	conntrackStats  = 5 // of the namespace
+
+	ctaStatsEntries = 1
 
 	ctaTupleOrig  = 1
 	ctaTupleReply = 2
@@ -60,6 +63,24 @@ func conntrackMessage(kind int, f family, attrs ...netlink.Attribute) (netlink.M
 		Header: netlink.Header{Type: netlink.HeaderType(subsysConntrack<<8 | kind)},
 		Data:   append([]byte{byte(f), unix.NFNETLINK_V0, 0, 0}, b...),
 	}, err
+}
+
+// tracksNothing reports whether the kernel remembers no flow of the namespace.
+// To look for one it would go through a table that all namespaces share.
+func (c *nfnl) tracksNothing() bool {
+	m, err := conntrackMessage(conntrackStats, 0)
+	nothing := false
+	if err == nil {
+		err = c.query(m, false, func(ad *netlink.AttributeDecoder) error {
+			for ad.Next() {
+				if ad.Type() == ctaStatsEntries {
+					nothing = ad.Uint32() == 0
+				}
+			}
+			return nil
+		})
+	}
+	return err == nil && nothing
 }
 
 // trackedUDP gives the flows of UDP of a family to f.
@@ -143,6 +164,9 @@ func (t *tracked) tuple(ad *netlink.AttributeDecoder) (isUDP bool) {
 // the plan says; a nil plan diverts nothing.
 func (r *Redirect) forgetUDP(m Marks, p *Plan) error {
 	ours := func(t *tracked) bool { v := t.mark & m.Mask; return v == m.Own() || v == m.Lan() }
+	if r.nf.tracksNothing() {
+		return nil
+	}
 	var list []*tracked
 	for _, f := range []family{ip4, ip6} {
 		err := r.nf.trackedUDP(f, func(t *tracked) {

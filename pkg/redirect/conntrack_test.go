@@ -130,3 +130,25 @@ func TestVerdicts(t *testing.T) {
 		}
 	}
 }
+
+// A namespace without a flow is told from one with flows: TestTranslatedFlows
+// would find nothing if it were not.
+func TestTracksNothing(t *testing.T) {
+	t.Parallel()
+	n := newNetns(t)
+	n.run("nft add table inet x '{ chain o { type filter hook output priority 0; ct state new accept; }; }'")
+	var c *nfnl
+	var err error
+	n.do(func() { c, err = dialNfnl() })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close()
+	if !c.tracksNothing() {
+		t.Error("of nothing something is remembered")
+	}
+	n.try("ping -c1 -W1 127.0.0.1")
+	if c.tracksNothing() {
+		t.Error("nothing is remembered of a ping")
+	}
+}

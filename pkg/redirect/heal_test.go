@@ -21,7 +21,7 @@ func TestHeal(t *testing.T) {
 			w.gateway.run("sysctl -qw net.ipv6.conf.lan0.keep_addr_on_down=1 net.ipv4.conf.wan0.rp_filter=2")
 			p := worldPlan()
 			p.Ports = w.listen()
-			w.r = w.gateway.open(Options{noOwner: noOwner})
+			w.r = w.gateway.open(Options{NoOwner: noOwner})
 			w.apply(p)
 			heard := w.heal()
 			// A link-local address does not come back with its interface.
@@ -143,7 +143,7 @@ func TestGuards(t *testing.T) {
 			p := worldPlan()
 			p.Local = true
 			p.Ports = w.listen()
-			w.r = w.gateway.open(Options{noOwner: true})
+			w.r = w.gateway.open(Options{NoOwner: true})
 			w.apply(p)
 			for _, c := range []struct {
 				does  string

@@ -24,7 +24,11 @@ var errNotApplied = errors.New("redirect: no plan is in force")
 type Options struct {
 	Log *slog.Logger // nil: silence
 
-	noOwner bool // as on a kernel without owner and persist flags
+	// NoOwner leaves the table to nobody, as on a kernel that knows no owners. It
+	// is for a namespace that ends with this process, where nobody else can
+	// change anything: what the kernel does at the end of an owner takes it
+	// some ten milliseconds.
+	NoOwner bool
 }
 
 // Redirect has the table and the routing of a network namespace in hand. Its
@@ -70,7 +74,7 @@ func Open(o Options) (*Redirect, error) {
 		r.monitor, err = dialMonitor(r.nf.pid)
 	}
 	if err == nil {
-		err = r.claim(o.noOwner)
+		err = r.claim(o.NoOwner)
 	}
 	if err != nil {
 		r.release()

@@ -76,7 +76,7 @@ func TestRemove(t *testing.T) {
 					n.run("sysctl -qw net.ipv4.conf.all.rp_filter=1")
 				}
 				before := n.state() + n.sysctls()
-				r := n.open(Options{noOwner: noOwner})
+				r := n.open(Options{NoOwner: noOwner})
 				if err := r.Apply(fullPlan()); err != nil {
 					t.Fatal(err)
 				}
@@ -110,10 +110,10 @@ func TestOneForANamespace(t *testing.T) {
 		n := newNetns(t)
 		gatewayLinks(n)
 		second := func() (r *Redirect, err error) {
-			n.do(func() { r, err = Open(Options{noOwner: noOwner}) })
+			n.do(func() { r, err = Open(Options{NoOwner: noOwner}) })
 			return r, err
 		}
-		r := n.open(Options{noOwner: noOwner})
+		r := n.open(Options{NoOwner: noOwner})
 		for _, when := range []string{"opened", "applied"} {
 			if _, err := second(); !errors.Is(err, ErrInUse) {
 				t.Errorf("owner %v, %s: a second Open: %v", !noOwner, when, err)
@@ -147,14 +147,14 @@ func TestOwnerAfterNoOwner(t *testing.T) {
 	for _, first := range []bool{false, true} {
 		n := newNetns(t)
 		gatewayLinks(n)
-		r := n.open(Options{noOwner: first})
+		r := n.open(Options{NoOwner: first})
 		if err := r.Apply(fullPlan()); err != nil {
 			t.Fatal(err)
 		}
 		table := func() string { return aliveOnly.ReplaceAllString(sameNames(n.table()), "") }
 		before := table()
 		r.Close(true)
-		r = n.open(Options{noOwner: !first})
+		r = n.open(Options{NoOwner: !first})
 		err := r.Apply(fullPlan())
 		for i := 0; errors.Is(err, unix.EPERM) && i < 100; i++ { // as for remove
 			time.Sleep(5 * time.Millisecond)
@@ -191,7 +191,7 @@ func TestApplyTwice(t *testing.T) {
 	for _, noOwner := range []bool{false, true} {
 		n := newNetns(t)
 		gatewayLinks(n)
-		r := n.open(Options{noOwner: noOwner})
+		r := n.open(Options{NoOwner: noOwner})
 		p := fullPlan()
 		if err := r.Apply(p); err != nil {
 			t.Fatal(err)
