@@ -46,8 +46,7 @@ type runner struct {
 	e       *env
 	way     way
 	publish []string
-	verbose bool
-	log     string
+	logs    logFlags
 	args    []string
 }
 
@@ -75,8 +74,7 @@ itself failed, 126 if the command cannot be executed, 127 if it is not there.`,
 	f.StringVar(&r.way.routes, "routes", "", "`FILE` of rules")
 	r.way.commonFlags(c)
 	f.StringArrayVar(&r.publish, "publish", nil, "`[ADDRESS:]PORT:PORT` of this host and of the command (TCP); an ADDRESS other\nthan 127.0.0.1 has to be named")
-	f.BoolVarP(&r.verbose, "verbose", "v", false, "a line on standard error for each flow")
-	f.StringVar(&r.log, "log", "", "append what is logged, a line for each flow, to `FILE`")
+	r.logs.flags(c)
 	c.MarkFlagsMutuallyExclusive("socks", "routes")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		r.args = args

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -46,9 +45,9 @@ func (r *runner) serve() error {
 		netns.EndChildren()
 		os.Exit(exitOwnFailure)
 	}()
-	log, err := r.logger()
+	log, err := r.logs.logger(r.e)
 	if err != nil {
-		return r.fail(exitOwnFailure, "--log: %v", err)
+		return r.fail(exitOwnFailure, "%v", err)
 	}
 	load, err := r.way.load(r.e)
 	if err != nil {
@@ -168,51 +167,6 @@ func waitFor(command int) int {
 			return s.ExitStatus()
 		}
 	}
-}
-
-// logger writes what --log and -v ask for. Without them only what an operator
-// must know is written.
-func (r *runner) logger() (*slog.Logger, error) {
-	var all []slog.Handler
-	if r.log != "" {
-		f, err := os.OpenFile(r.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, slog.NewTextHandler(f, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	}
-	short := &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
-		if len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == "part") {
-			return slog.Attr{}
-		}
-		return a
-	}}
-	if r.verbose {
-		short.Level = slog.LevelDebug
-	}
-	screen := slog.Handler(slog.NewTextHandler(r.e.stderr, short))
-	if r.verbose {
-		screen = flowsAndWarnings{screen}
-	}
-	return slog.New(slog.NewMultiHandler(append(all, screen)...)), nil
-}
-
-// flowsAndWarnings leaves out what is not a flow and no warning.
-type flowsAndWarnings struct{ slog.Handler }
-
-func (h flowsAndWarnings) Handle(ctx context.Context, rec slog.Record) error {
-	if rec.Level < slog.LevelWarn && rec.Message != "flow" && rec.Message != "session" {
-		return nil
-	}
-	return h.Handler.Handle(ctx, rec)
-}
-
-func (h flowsAndWarnings) WithAttrs(a []slog.Attr) slog.Handler {
-	return flowsAndWarnings{h.Handler.WithAttrs(a)}
-}
-
-func (h flowsAndWarnings) WithGroup(name string) slog.Handler {
-	return flowsAndWarnings{h.Handler.WithGroup(name)}
 }
 
 // publishAll listens on this host for what is inside.

@@ -2,6 +2,7 @@
 // as no library to be preloaded could socksify it.
 //
 //	probe tcp|udp HOST:PORT    the first line of what comes back
+//	probe http URL             what is fetched
 //	probe icmp ADDRESS         sends an echo request by a raw socket
 //	probe unix PATH            connects
 //	probe serve ADDRESS:PORT   sends back what comes, over TCP
@@ -13,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"syscall"
 	"time"
@@ -32,6 +34,15 @@ func main() {
 func try(how, where string) (string, error) {
 	if how == "serve" {
 		return "", serve(where)
+	}
+	if how == "http" {
+		r, err := (&http.Client{Timeout: 10 * time.Second}).Get(where)
+		if err != nil {
+			return "", err
+		}
+		defer r.Body.Close()
+		b, err := io.ReadAll(r.Body)
+		return string(b), err
 	}
 	if how == "icmp" {
 		c, err := net.Dial("ip4:icmp", where)
