@@ -48,7 +48,7 @@ install: build ## install into DESTDIR: binary, units, man pages, examples of th
 	$(INSTALL) -d '$(DESTDIR)$(SBINDIR)' '$(DESTDIR)$(UNITDIR)' '$(DESTDIR)$(SYSCTLDIR)' \
 		'$(DESTDIR)$(MANDIR)/man8' '$(DESTDIR)$(MANDIR)/man5' '$(DESTDIR)$(SYSCONFDIR)/tproxyd'
 	$(INSTALL) -m 755 bin/tproxyd '$(DESTDIR)$(SBINDIR)/tproxyd'
-	$(INSTALL) -m 644 deploy/tproxyd.service deploy/tproxyd-closed.service '$(DESTDIR)$(UNITDIR)/'
+	$(INSTALL) -m 644 deploy/tproxyd.service deploy/tproxyd-closed.service deploy/tproxyd-attach@.service '$(DESTDIR)$(UNITDIR)/'
 	$(INSTALL) -m 644 deploy/90-tproxyd.conf '$(DESTDIR)$(SYSCTLDIR)/90-tproxyd.conf'
 	$(INSTALL) -m 644 man/tproxyd.8 '$(DESTDIR)$(MANDIR)/man8/'
 	$(INSTALL) -m 644 man/tproxyd.toml.5 man/tproxyd-socks.cnf.5 '$(DESTDIR)$(MANDIR)/man5/'

@@ -116,11 +116,15 @@ func (w *way) credentialsFile(e *env, t *routes.Table) string {
 	if w.credentials != "" || !needed {
 		return w.credentials
 	}
+	files := []string{"/etc/tproxyd/credentials.toml"}
 	dir := e.getenv("XDG_CONFIG_HOME")
-	if dir == "" {
-		dir = filepath.Join(e.getenv("HOME"), ".config")
+	if home := e.getenv("HOME"); dir == "" && home != "" {
+		dir = filepath.Join(home, ".config")
 	}
-	for _, f := range []string{filepath.Join(dir, "tproxyd", "credentials.toml"), "/etc/tproxyd/credentials.toml"} {
+	if dir != "" {
+		files = slices.Insert(files, 0, filepath.Join(dir, "tproxyd", "credentials.toml"))
+	}
+	for _, f := range files {
 		if _, err := os.Stat(f); err == nil {
 			return f
 		}

@@ -39,9 +39,10 @@ var rooms = map[string]room{
 		libs: []string{"github.com/spf13/cobra", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"},
 	},
 
-	"bench":         {own: []string{"internal/netns"}, libs: []string{"github.com/google/nftables", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
-	"internal/lint": {},
-	"test/netns":    {own: []string{"internal", "pkg"}, libs: []string{"github.com/miekg/dns", "github.com/google/go-cmp", "github.com/quic-go/quic-go", "golang.org/x/sys"}},
+	"examples/gotest": {},
+	"bench":           {own: []string{"internal/netns"}, libs: []string{"github.com/google/nftables", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
+	"internal/lint":   {},
+	"test/netns":      {own: []string{"internal", "pkg"}, libs: []string{"github.com/miekg/dns", "github.com/google/go-cmp", "github.com/quic-go/quic-go", "golang.org/x/sys"}},
 }
 
 // testRoom is what the tests of every package may import on top.

@@ -3,6 +3,7 @@ package netns_test
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -136,5 +137,62 @@ func TestAttachPodman(t *testing.T) {
 				t.Errorf("when the containers ended: exit %d, %v\n%s", code, ended, a.output())
 			}
 		})
+	}
+}
+
+// TestDeployedContainers: the files of deploy/container as they stand. A container
+// with tproxyd has the network; another one shares it, has no right over it, and
+// goes where the rules say. The unit for a container without a network names a
+// command line that serves it.
+func TestDeployedContainers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	p := newPodman(t, w.gateway, true)
+	dir := filepath.Dir(p.path)
+	build := exec.Command("go", "build", "-o", dir+"/context/bin/tproxyd", "github.com/tproxyd/tproxyd/cmd/tproxyd")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	p.podman(t, "build", "-q", "-t", "tproxyd", "-f", abs(t, "../../deploy/container/Containerfile"), dir+"/context").ok(t)
+	limits := []string{"--ulimit", "nofile=20000:20000", "--ulimit", "nproc=5000:5000"}
+	files := abs(t, "../../deploy/container")
+	p.podman(t, append(append([]string{"run", "-d", "--name", "tproxyd"}, limits...), // as compose.yaml has it
+		"--network", "ns:"+w.client.ns.Path(), "--cap-drop", "all", "--cap-add", "NET_ADMIN,NET_RAW", "--read-only",
+		"-v", files+"/tproxyd.toml:/etc/tproxyd/tproxyd.toml:ro", "-v", files+"/socks.cnf:/etc/tproxyd/socks.cnf:ro",
+		"-v", "state:/var/lib/tproxyd", "--tmpfs", "/run", "tproxyd")...).ok(t)
+	eventually(t, 20*time.Second, "it is ready", func() bool { return strings.Contains(p.podman(t, "logs", "tproxyd").out, "ready") })
+	p.podman(t, append(append([]string{"run", "-d", "--name", "application", "--network", "container:tproxyd", "--cap-drop", "NET_RAW"}, limits...),
+		"box", "/bin/busybox", "sleep", "600")...).ok(t)
+	app := func(args ...string) result {
+		t.Helper()
+		return p.podman(t, append([]string{"exec", "application"}, args...)...)
+	}
+	if r := app("/bin/probe", "http", "http://www.example.org/").ok(t); !fromSocks1.MatchString(r.out) {
+		t.Errorf("the application: %s%s", r.out, r.err)
+	}
+	if r := app("/bin/busybox", "ip", "link", "set", "lo", "down"); r.code == 0 {
+		t.Error("the application may change the network")
+	}
+	p.podman(t, "kill", "tproxyd").ok(t)
+	p.podman(t, "wait", "tproxyd").ok(t)
+	if r := app("/bin/probe", "tcp", outsideAt+":80"); r.code != int(syscall.ECONNREFUSED) {
+		t.Errorf("without tproxyd: exit %d\n%s%s", r.code, r.out, r.err)
+	}
+	w.client.run(t, command{args: []string{program(t), "cleanup"}}).ok(t)
+
+	unit, err := os.ReadFile("../../deploy/tproxyd-attach@.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, line, _ := strings.Cut(string(unit), "ExecStart=/usr/sbin/tproxyd ")
+	line, _, _ = strings.Cut(line, "\n")
+	line = strings.NewReplacer("/etc/tproxyd/containers/%i.cnf", files+"/socks.cnf", "%i", "web").Replace(line)
+	p.start(t, "web")
+	a := w.gateway.start(t, command{args: append([]string{program(t)}, strings.Fields(line)...), env: p.env})
+	eventually(t, 20*time.Second, "attached: "+a.output(), func() bool { return strings.Contains(a.out.String(), "ready") })
+	if r := p.podman(t, "exec", "web", "/bin/probe", "http", "http://www.example.org/").ok(t); !fromSocks1.MatchString(r.out) {
+		t.Errorf("the unit's: %s%s", r.out, r.err)
 	}
 }
