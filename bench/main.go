@@ -2,10 +2,10 @@
 // beside plain kernel forwarding and beside a bare relay that does nothing but
 // splice(2), and prints one report.
 //
-// It needs root, Linux, and for one table danted and microsocks: load generators,
-// SOCKS servers, resolver and the bare relay are in this program, which runs itself
-// again in each namespace. It is bounded in time (under five minutes) and leaves nothing
-// behind. All figures of one table come from interleaved runs; a cell is their
+// It needs root, Linux, and for two tables danted, microsocks and what is to be
+// compared (proxychains4, socksify): load generators, SOCKS servers, resolver
+// and the bare relay are in this program, which runs itself again in each namespace.
+// It is bounded in time (under five minutes) and leaves nothing behind. All figures of one table come from interleaved runs; a cell is their
 // median.
 //
 // The tables, with the name that -only knows them by:
@@ -14,6 +14,7 @@
 //	connections    new ones
 //	latency        of round trips and of first bytes
 //	far            first bytes with danted and microsocks 40 ms away
+//	one-command    `tproxyd run` beside libraries that are preloaded
 //	prefixes       DIRECT traffic beside a large set
 //	dns            synthetic answers
 //	idle           memory and descriptors of TCP flows
@@ -95,7 +96,7 @@ func run(args []string, out io.Writer) error {
 	program := f.String("tproxyd", "bin/tproxyd", "the `program` to measure")
 	quick := f.Bool("short", false, "a few seconds in all; the figures mean nothing")
 	only := f.String("only", "", "measure only tables with `name` in their name: throughput, connections, latency, far,\n"+
-		"prefixes, dns, idle, udp-datagrams, udp-flows, udp-sessions")
+		"one-command, prefixes, dns, idle, udp-datagrams, udp-flows, udp-sessions")
 	if err := f.Parse(args); err != nil {
 		return err
 	}

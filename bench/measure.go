@@ -101,7 +101,7 @@ type part struct {
 func (b *bench) parts() []part {
 	return []part{
 		{"throughput", b.throughput}, {"connections", b.connections}, {"latency", b.latency}, {"far", b.far},
-		{"prefixes", b.prefixes}, {"dns", b.dns}, {"idle", b.idle},
+		{"one-command", b.oneCommand}, {"prefixes", b.prefixes}, {"dns", b.dns}, {"idle", b.idle},
 		{"udp-datagrams", b.datagrams}, {"udp-flows", b.newFlows}, {"udp-sessions", b.sessions},
 	}
 }
