@@ -6,93 +6,148 @@ import (
 	"strings"
 )
 
-// maxCover keeps the search linear in the rules.
-const maxCover = 256
+// Bounds of the search for rules that can never match, so that it costs no more
+// than a part of what reading them does.
+const (
+	maxCover  = 256     // rules of one list that are looked at
+	maxSearch = 1 << 22 // looks in all
+)
+
+// coverage is the search for earlier rules because of which r can never match.
+type coverage struct {
+	p    *parser
+	t    *Table
+	r    *Rule
+	by   *Rule // the last one of those found
+	all  bool  // it alone covers everything: both are of the same LIST
+	left *int  // of maxSearch
+}
 
 // coveredBy returns an earlier rule because of which r can never match; nil:
 // there is none. Each part of r's destination must be within one earlier rule
 // with no stricter conditions; parts that only several rules cover together
-// are not looked for, nor are rules behind the first maxCover of one list.
-func (p *parser) coveredBy(t *Table, r *Rule) *Rule {
-	if r.Default {
+// are not looked for, nor are rules beyond the bounds.
+func (p *parser) coveredBy(t *Table, r *Rule, left *int) *Rule {
+	c := &coverage{p: p, t: t, r: r, left: left}
+	if r.Default || !c.everything() {
 		return nil
 	}
-	var by *Rule
-	covered := func(list []*Rule) bool {
-		for _, e := range list[:min(len(list), maxCover)] {
-			if e.Index < r.Index && e.noStricterThan(r) && !p.diags.wrong[e.number] {
-				if by == nil || e.Index > by.Index {
-					by = e
-				}
-				return true
-			}
+	return c.by
+}
+
+// everything tells whether all of the rule's destination is covered.
+func (c *coverage) everything() bool {
+	d := &c.r.dest
+	for _, p := range d.prefixes {
+		if !c.prefix(p) {
+			return false
 		}
+		if c.all {
+			return true
+		}
+	}
+	if !d.noName() && c.oneOf(c.t.anyName) {
+		return true
+	}
+	if d.anyName {
 		return false
 	}
-	for _, prefix := range r.dest.prefixes {
-		if !t.coversPrefix(prefix, covered) {
-			return nil
+	for _, n := range d.names {
+		if !c.oneOf(c.t.exact(n)) && !c.above(n) {
+			return false
+		}
+		if c.all {
+			return true
 		}
 	}
-	if r.dest.anyName && !covered(t.anyName) {
-		return nil
-	}
-	for _, n := range r.dest.names {
-		if !covered(t.anyName) && !covered(t.names[n]) && !t.coversBelow(n, covered) {
-			return nil
+	for _, s := range d.suffixes {
+		if !c.oneOf(c.t.under(s)) && !c.above(s) {
+			return false
+		}
+		if c.all {
+			return true
 		}
 	}
-	for _, s := range r.dest.suffixes {
-		if !covered(t.anyName) && !covered(t.suffixes[s]) && !t.coversBelow(s, covered) {
-			return nil
-		}
-	}
-	return by
+	return c.by != nil
 }
 
-// resolvedHere returns a RESOLVE line because of which no flow has a name that
-// r is about; nil: there is none, or r is about addresses too.
-func (t *Table) resolvedHere(r *Rule) (by *resolveRule) {
-	if !r.ownName() || r.dest.anyName || len(r.dest.prefixes) > 0 {
-		return nil
-	}
-	var all []*resolveRule
-	for _, n := range r.dest.names {
-		all = append(all, &resolveRule{name: n})
-	}
-	for _, s := range r.dest.suffixes {
-		all = append(all, &resolveRule{suffix: s})
-	}
-	for _, names := range all {
-		i := slices.IndexFunc(t.resolves, func(e *resolveRule) bool { return e.covers(names) || names.covers(e) })
-		if i < 0 || t.resolves[i].mode != ResolveLocal || !t.resolves[i].covers(names) {
-			return nil
+// oneOf tells whether a rule of the list comes before r and has no stricter
+// conditions.
+func (c *coverage) oneOf(list []*Rule) bool {
+	for _, e := range list[:min(len(list), maxCover)] {
+		if *c.left--; e.Index >= c.r.Index || *c.left < 0 {
+			break
 		}
-		by = t.resolves[i]
+		if !e.noStricterThan(c.r) || c.p.diags.wrong[e.number] {
+			continue
+		}
+		if c.by == nil || e.Index > c.by.Index {
+			c.by = e
+		}
+		if l := c.r.dest.list; l != nil && e.dest.list == l && (e.By == ByAny || e.By == c.r.By) {
+			c.all = true
+		}
+		return true
 	}
-	return by
+	return false
 }
 
-func (t *Table) coversPrefix(p netip.Prefix, covered func([]*Rule) bool) bool {
-	for _, n := range t.prefixes.Supernets(p) {
-		if covered(n.rules) {
+func (c *coverage) prefix(p netip.Prefix) bool {
+	for _, n := range c.t.prefixes.Supernets(p) {
+		if c.oneOf(c.t.groups[n.group]) {
 			return true
 		}
 	}
 	return false
 }
 
-func (t *Table) coversBelow(name string, covered func([]*Rule) bool) bool {
-	for {
+// above tells whether a pattern covers a name that is below it.
+func (c *coverage) above(name string) bool {
+	for c.t.below {
 		i := strings.IndexByte(name, '.')
 		if i < 0 {
-			return false
+			break
 		}
 		name = name[i+1:]
-		if covered(t.suffixes[name]) {
+		if c.oneOf(c.t.under(name)) {
 			return true
 		}
 	}
+	return false
+}
+
+// resolvedHere returns a RESOLVE line because of which no flow has a name that
+// r is about; nil: there is none, or r is about addresses too.
+func (t *Table) resolvedHere(r *Rule, left *int) (by *resolveRule) {
+	if !r.ownName() || r.dest.anyName || len(r.dest.prefixes) > 0 {
+		return nil
+	}
+	local := func(names resolveRule) bool {
+		for _, e := range t.resolves {
+			if *left--; *left < 0 {
+				break
+			}
+			if e.covers(&names) {
+				by = e
+				return e.mode == ResolveLocal
+			}
+			if names.covers(e) {
+				break
+			}
+		}
+		return false
+	}
+	for _, n := range r.dest.names {
+		if !local(resolveRule{name: n}) {
+			return nil
+		}
+	}
+	for _, s := range r.dest.suffixes {
+		if !local(resolveRule{suffix: s}) {
+			return nil
+		}
+	}
+	return by
 }
 
 // noStricterThan tells whether every flow that meets r's conditions meets e's.

@@ -28,7 +28,9 @@ func (l *line) destination(t token) (d dest) {
 			if d := known.dest; d.noName() && len(d.prefixes) == 0 {
 				l.warnf(t, "E22", "rule can never match: LIST %s is empty", text[1:])
 			}
-			return known.dest
+			d := known.dest
+			d.list = known
+			return d
 		}
 		l.errorf(t, "E12", "LIST %q is not defined", text[1:])
 	case isAddressLike(text):
@@ -215,7 +217,7 @@ func checkName(name string) error {
 	if len(name) > 253 {
 		return errors.New("longer than 253 bytes")
 	}
-	for _, label := range strings.Split(name, ".") {
+	for label, rest, more := strings.Cut(name, "."); ; label, rest, more = strings.Cut(rest, ".") {
 		if label == "" {
 			return errors.New("an empty label")
 		}
@@ -230,8 +232,10 @@ func checkName(name string) error {
 				return fmt.Errorf("%q cannot be in a name", c)
 			}
 		}
+		if !more {
+			return nil
+		}
 	}
-	return nil
 }
 
 // operators are what compares ports, with the ports that they leave.

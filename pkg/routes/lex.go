@@ -53,7 +53,6 @@ type reader struct {
 	diags      *collector
 	stack      []string // files being read, the outermost first
 	files      int
-	plain      bool // words only: no directives, no INCLUDE
 	sum        hash.Hash
 }
 
@@ -182,9 +181,6 @@ func (r *reader) finish(s *statement) {
 	}
 	r.statements = append(r.statements, s)
 	fmt.Fprintln(r.sum, s.text())
-	if r.plain {
-		return
-	}
 	r.diags.begin()
 	if !strings.EqualFold(s.tokens[0].text, "INCLUDE") {
 		return

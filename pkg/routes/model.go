@@ -225,6 +225,7 @@ type dest struct {
 	anyName  bool           // every flow with a name
 	names    []string       // exact, lower case, no final dot
 	suffixes []string       // "*.example.org" as "example.org"
+	list     *list          // that all of this is from; nil: it is spelled out
 }
 
 // Position returns FILE:LINE, or "DEFAULT" for the one that no line states.

@@ -271,7 +271,7 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 	})
 	n, _ := t.prefixes.Lookup(addr)
 	for ; n != nil; n = n.parent {
-		for _, r := range n.rules {
+		for _, r := range t.groups[n.group] {
 			if !t.final(r) {
 				rules = append(rules, r)
 			}

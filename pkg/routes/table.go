@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/gaissmai/bart"
 	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
@@ -22,13 +21,7 @@ type Table struct {
 	limits    Limits
 	health    Health
 
-	// Where a flow's destination finds the rules that it can match, each list
-	// in the order of the rules.
-	prefixes bart.Table[*prefixNode] // by address: the longest prefix, from which parents lead on
-	names    map[string][]*Rule      // by name
-	suffixes map[string][]*Rule      // by each domain that a name is below
-	anyName  []*Rule                 // catch-alls, for every name
-	anyAddr  []*Rule                 // catch-alls, for an address that is not known
+	*index // where a flow's destination finds the rules that it can match
 
 	byInterface bool
 	byClient    bool
@@ -37,17 +30,10 @@ type Table struct {
 	sum             [sha256.Size]byte
 }
 
-// prefixNode is what the rules say of one prefix.
-type prefixNode struct {
-	rules  []*Rule
-	parent *prefixNode // the next shorter prefix; nil: none
-}
-
 // build makes the Table of what was parsed.
 func (p *parser) build() *Table {
 	t := &Table{
 		servers: p.servers, proxyName: p.proxyName, resolves: p.resolves, limits: p.limits, health: p.health,
-		names: map[string][]*Rule{}, suffixes: map[string][]*Rule{},
 	}
 	last := p.defaultRule
 	if last == nil {
@@ -61,74 +47,23 @@ func (p *parser) build() *Table {
 	}
 	for i, r := range t.rules {
 		r.Index = i
+		t.byInterface = t.byInterface || len(r.Ifs) > 0
+		t.byClient = t.byClient || r.byClient()
+	}
+	t.index = newIndex(t.rules)
+	left := maxSearch
+	for _, r := range t.rules {
 		p.diags.current = r.number
 		at := token{line: r.Line, col: r.col}
-		if by := p.coveredBy(t, r); by != nil {
+		if by := p.coveredBy(t, r, &left); by != nil {
 			p.diags.add(r.File, at, Warning, "E22", "rule can never match: covered by %s: %s", by.Position(), by.Text)
 		}
-		if by := t.resolvedHere(r); by != nil {
+		if by := t.resolvedHere(r, &left); by != nil {
 			p.diags.add(r.File, at, Warning, "E22", "rule can never match: %s has its names resolved here, and then the address decides", by.position())
 		}
-		t.enter(r)
 	}
-	t.link()
 	p.reader.sum.Sum(t.sum[:0])
 	return t
-}
-
-// enter makes a rule known where its destinations will be looked up.
-func (t *Table) enter(r *Rule) {
-	for _, p := range r.dest.prefixes {
-		t.prefixes.Modify(p, func(n *prefixNode, ok bool) (*prefixNode, bool) {
-			if !ok {
-				n = &prefixNode{}
-			}
-			n.rules = appendOnce(n.rules, r)
-			return n, false
-		})
-		if p.Bits() == 0 {
-			t.anyAddr = appendOnce(t.anyAddr, r)
-		}
-	}
-	for _, n := range r.dest.names {
-		t.names[n] = appendOnce(t.names[n], r)
-	}
-	for _, s := range r.dest.suffixes {
-		t.suffixes[s] = appendOnce(t.suffixes[s], r)
-	}
-	if r.dest.anyName {
-		t.anyName = append(t.anyName, r)
-	}
-	t.byInterface = t.byInterface || len(r.Ifs) > 0
-	t.byClient = t.byClient || r.byClient()
-}
-
-// appendOnce appends a rule that may be the last one of the list already.
-func appendOnce(list []*Rule, r *Rule) []*Rule {
-	if n := len(list); n > 0 && list[n-1] == r {
-		return list
-	}
-	return append(list, r)
-}
-
-// link leads from each prefix to the next shorter one. Sorted, a prefix comes
-// before those that it contains, so the parent is found on the stack.
-func (t *Table) link() {
-	var stack []netip.Prefix
-	var nodes []*prefixNode
-	for p, n := range t.prefixes.AllSorted() {
-		for len(stack) > 0 && !contains(stack[len(stack)-1], p) {
-			stack, nodes = stack[:len(stack)-1], nodes[:len(nodes)-1]
-		}
-		if len(nodes) > 0 {
-			n.parent = nodes[len(nodes)-1]
-		}
-		stack, nodes = append(stack, p), append(nodes, n)
-	}
-}
-
-func contains(outer, inner netip.Prefix) bool {
-	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
 }
 
 // Rules returns the rules in the order in which they apply; the last one is
@@ -187,18 +122,16 @@ func (t *Table) Match(f flow.Flow) *Rule {
 		return t.matchAddr(&f, best)
 	}
 	best = first(t.anyName, &f, best)
-	best = first(t.names[f.Name], &f, best)
-	if len(t.suffixes) == 0 {
-		return best
-	}
-	for rest := f.Name; ; {
+	best = first(t.exact(f.Name), &f, best)
+	for rest := f.Name; t.below; {
 		i := strings.IndexByte(rest, '.')
 		if i < 0 {
-			return best
+			break
 		}
 		rest = rest[i+1:]
-		best = first(t.suffixes[rest], &f, best)
+		best = first(t.under(rest), &f, best)
 	}
+	return best
 }
 
 func (t *Table) matchAddr(f *flow.Flow, best *Rule) *Rule {
@@ -208,7 +141,7 @@ func (t *Table) matchAddr(f *flow.Flow, best *Rule) *Rule {
 	}
 	n, _ := t.prefixes.Lookup(addr.Unmap().WithZone(""))
 	for ; n != nil; n = n.parent {
-		best = first(n.rules, f, best)
+		best = first(t.groups[n.group], f, best)
 	}
 	return best
 }
@@ -331,24 +264,15 @@ func (t *Table) MatchAll(f flow.Flow, own []netip.Prefix) (r *Rule, implicit str
 // candidates returns the rules that a flow to name can match on some port and
 // protocol, in order, up to the first that no client and no port escapes.
 func (t *Table) candidates(name string) []*Rule {
-	lists := [][]*Rule{t.anyName, t.names[name]}
-	for rest := name; ; {
-		i := strings.IndexByte(rest, '.')
-		if i < 0 {
-			break
-		}
-		rest = rest[i+1:]
-		lists = append(lists, t.suffixes[rest])
-	}
 	var out []*Rule
-	for _, l := range lists {
-		for _, r := range l {
+	t.ofName(name, func(list []*Rule) {
+		for _, r := range list {
 			out = append(out, r)
 			if !r.conditional() {
 				break
 			}
 		}
-	}
+	})
 	slices.SortFunc(out, func(a, b *Rule) int { return cmp.Compare(a.Index, b.Index) })
 	out = slices.Compact(out)
 	for i, r := range out {
