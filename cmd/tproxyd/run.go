@@ -26,12 +26,8 @@ const (
 	exitSignal        = 128 // and the number of the signal
 )
 
-// stageVariable tells the server from the front. Its value is who the user is,
-// as UID:GID, if the server is root of a user namespace, else stageRoot.
-const (
-	stageVariable = "TPROXYD_RUN_STAGE"
-	stageRoot     = "root"
-)
+// stageVariable tells the server from the front. Its value is a stage.
+const stageVariable = "TPROXYD_RUN_STAGE"
 
 // runner is one run. There are three processes:
 //
@@ -131,16 +127,20 @@ func (r *runner) front() error {
 	server := exec.Command("/proc/self/exe", os.Args[1:]...)
 	server.Args[0] = os.Args[0]
 	server.Stdin, server.Stdout, server.Stderr = os.Stdin, os.Stdout, os.Stderr
-	server.ExtraFiles = []*os.File{alive, tell}
 	server.SysProcAttr = &syscall.SysProcAttr{}
-	stage := stageRoot
-	if !mayEnclose() {
-		stage = fmt.Sprintf("%d:%d", os.Geteuid(), os.Getegid())
+	s := stage{alive: alive.Fd(), tell: tell.Fd(), root: mayEnclose(), uid: os.Geteuid(), gid: os.Getegid()}
+	if !s.root {
 		server.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER
-		server.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
-		server.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
+		server.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: s.uid, Size: 1}}
+		server.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: s.gid, Size: 1}}
 	}
-	server.Env = append(os.Environ(), stageVariable+"="+stage)
+	server.Env = append(os.Environ(), stageVariable+"="+s.String())
+	// Not by ExtraFiles: what the caller has open at 3 and 4 is the command's.
+	for _, fd := range []uintptr{s.alive, s.tell} {
+		if _, err := unix.FcntlInt(fd, unix.F_SETFD, 0); err != nil {
+			return r.fail(exitOwnFailure, "%v", err)
+		}
+	}
 	if err := server.Start(); err != nil {
 		return r.fail(exitOwnFailure, "a user namespace: %v; %s", err, userNamespaceHint())
 	}

@@ -10,8 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -23,25 +21,42 @@ import (
 // insideResolver is what resolv.conf names inside. Any address would do.
 const insideResolver = "192.0.0.8"
 
-// The descriptors that the front hands down.
-const (
-	aliveFD = 3 // ends with the front
-	tellFD  = 4 // is told the command's process
-)
+// stage is what the front hands down to the server.
+type stage struct {
+	alive, tell uintptr // pipes: one ends with the front, the other is told the command's process
+	root        bool    // the server has the user's own rights; else it is root of a user namespace
+	uid, gid    int     // who the user is
+}
+
+const stageForm = "%d %d %t %d %d"
+
+func (s stage) String() string { return fmt.Sprintf(stageForm, s.alive, s.tell, s.root, s.uid, s.gid) }
+
+// parseStage reads what String writes.
+func parseStage(text string) (s stage, err error) {
+	if _, err := fmt.Sscanf(text, stageForm, &s.alive, &s.tell, &s.root, &s.uid, &s.gid); err != nil {
+		return s, fmt.Errorf("%s: %w", stageVariable, err)
+	}
+	return s, nil
+}
 
 // drainTime is how long what a command has sent is carried on after its end.
 const drainTime = 3 * time.Second
 
 // serve is the second process: the daemon, and the parent of the command.
 func (r *runner) serve() error {
-	unix.CloseOnExec(aliveFD)
-	unix.CloseOnExec(tellFD)
+	stage, err := parseStage(r.e.getenv(stageVariable))
+	if err != nil {
+		return r.fail(exitOwnFailure, "%v", err)
+	}
+	unix.CloseOnExec(int(stage.alive))
+	unix.CloseOnExec(int(stage.tell))
 	signal.Notify(make(chan os.Signal, 1), forwarded()...) // the front passes them on; ignored they would be inherited
 	if err := netns.Adopt(); err != nil {
 		return r.fail(exitOwnFailure, "%v", err)
 	}
 	go func() {
-		io.Copy(io.Discard, os.NewFile(aliveFD, "front"))
+		io.Copy(io.Discard, os.NewFile(stage.alive, "front"))
 		netns.EndChildren()
 		os.Exit(exitOwnFailure)
 	}()
@@ -77,11 +92,11 @@ func (r *runner) serve() error {
 	if err := r.publishAll(ns); err != nil {
 		return r.fail(exitOwnFailure, "--publish: %v", err)
 	}
-	command, status, err := r.start(ns)
+	command, status, err := r.start(ns, stage)
 	if err != nil {
 		return r.fail(status, "%v", err)
 	}
-	tell := os.NewFile(tellFD, "front")
+	tell := os.NewFile(stage.tell, "front")
 	fmt.Fprintln(tell, command)
 	tell.Close()
 	go func() {
@@ -98,7 +113,7 @@ func (r *runner) serve() error {
 
 // start starts the command in the namespace, without any right over it. Status
 // is the exit status if it cannot.
-func (r *runner) start(ns *netns.Namespace) (pid, status int, err error) {
+func (r *runner) start(ns *netns.Namespace, stage stage) (pid, status int, err error) {
 	path, err := exec.LookPath(r.args[0])
 	switch {
 	case errors.Is(err, exec.ErrDot):
@@ -113,22 +128,16 @@ func (r *runner) start(ns *netns.Namespace) (pid, status int, err error) {
 		Env:   withoutProxies(os.Environ()),
 		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
 	}
-	user := os.Getenv(stageVariable)
-	if uid, gid, ok := strings.Cut(user, ":"); ok {
-		u, err1 := strconv.Atoi(uid)
-		g, err2 := strconv.Atoi(gid)
-		if err := errors.Join(err1, err2); err != nil {
-			return 0, exitOwnFailure, err
-		}
+	if !stage.root {
 		attr.Sys.Cloneflags = syscall.CLONE_NEWUSER
-		attr.Sys.UidMappings = []syscall.SysProcIDMap{{ContainerID: u, HostID: 0, Size: 1}}
-		attr.Sys.GidMappings = []syscall.SysProcIDMap{{ContainerID: g, HostID: 0, Size: 1}}
+		attr.Sys.UidMappings = []syscall.SysProcIDMap{{ContainerID: stage.uid, HostID: 0, Size: 1}}
+		attr.Sys.GidMappings = []syscall.SysProcIDMap{{ContainerID: stage.gid, HostID: 0, Size: 1}}
 	}
 	err = ns.Do(func() error {
 		if err := netns.SetResolver(insideResolver); err != nil {
 			return err
 		}
-		if user == stageRoot {
+		if stage.root {
 			if err := netns.DropRights(); err != nil {
 				return err
 			}

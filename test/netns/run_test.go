@@ -124,6 +124,13 @@ func TestRun(t *testing.T) {
 	if n, who := w.leaked(t); n != 0 {
 		t.Errorf("%d packets leaked:\n%s", n, who)
 	}
+	// What the caller has open is the command's too, from descriptor 3 on.
+	three := w.gateway.file(t, "three", "three\n", 0o644)
+	open := []string{"sh", "-c", `exec "$@" 3<` + three + ` 4</dev/null`, "sh"}
+	open = append(open, runLine(t, "--socks", socks1At, "--", "sh", "-c", "cat <&3; readlink /proc/self/fd/4")...)
+	if r, want := w.gateway.run(t, command{args: open}), "three\n/dev/null\n"; r.out != want {
+		t.Errorf("with two descriptors of the caller's: %q, want %q\n%s", r.out, want, r.err)
+	}
 	limits := []string{"sh", "-c", "ulimit -Sn; ulimit -Hn; trap; umask; ls /proc/self/fd; grep -E 'Sig(Blk|Ign|Cgt)|NoNew' /proc/self/status"}
 	if in, out := w.tproxyd(t, limits...), w.gateway.run(t, command{args: asNobody(t, limits...)}); in.out != out.out {
 		t.Errorf("what is inherited is %q inside, %q outside", in.out, out.out)
