@@ -130,15 +130,20 @@ func (d *Daemon) upstreamOptions(s *Setup) upstream.Options {
 	}
 }
 
-// dial connects to a SOCKS server or to a DIRECT destination: from this host,
-// marked as our own, by sockets that the relay can splice.
+// dial connects to a DIRECT destination: from this host, marked as our own, by
+// a socket that the relay can splice.
 func (d *Daemon) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
-	return d.dialServer(ctx, upstream.Local{}, to)
+	return d.dialFrom(ctx, relay.DialOptions{Control: d.markOwn}, to)
 }
 
-// dialServer is dial from an address or an interface of this host.
+// dialServer connects to a SOCKS server from an address or an interface of this
+// host. In all of its protocols we are the first to say something.
 func (d *Daemon) dialServer(ctx context.Context, from upstream.Local, to netip.AddrPort) (net.Conn, error) {
-	c, err := d.engine.Dial(ctx, relay.DialOptions{Control: d.control(from), Local: from.Addr}, to)
+	return d.dialFrom(ctx, relay.DialOptions{Control: d.control(from), Local: from.Addr, SpeaksFirst: true}, to)
+}
+
+func (d *Daemon) dialFrom(ctx context.Context, o relay.DialOptions, to netip.AddrPort) (net.Conn, error) {
+	c, err := d.engine.Dial(ctx, o, to)
 	if err != nil {
 		return nil, err // not a nil *relay.Conn in an interface
 	}

@@ -19,6 +19,10 @@ type DialOptions struct {
 	// Local is the address to connect from; the zero value leaves it to the
 	// kernel.
 	Local netip.Addr
+	// SpeaksFirst says that something is written as soon as the connection is
+	// there. The kernel then sends what it has to acknowledge along with that, and
+	// no packet of its own for it.
+	SpeaksFirst bool
 }
 
 // Dial connects to an address. It ends with ctx's error when ctx ends first;
@@ -91,6 +95,9 @@ func prepare(fd int, o DialOptions) error {
 		if err := o.Control(fd); err != nil {
 			return err
 		}
+	}
+	if o.SpeaksFirst {
+		rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0)
 	}
 	if !o.Local.IsValid() {
 		return nil

@@ -113,6 +113,38 @@ func TestDialLocal(t *testing.T) {
 	}
 }
 
+// Who speaks at once does not tell the other end first that it may.
+func TestDialSpeaksFirst(t *testing.T) {
+	addr, servers := accepted(t)
+	e := newEngine(t, Options{})
+	segments := func(first bool) uint32 {
+		c, err := e.Dial(t.Context(), DialOptions{SpeaksFirst: first}, netip.MustParseAddrPort(addr))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		mustWrite(t, c, "hello")
+		s := <-servers
+		mustRead(t, s, "hello")
+		mustWrite(t, s, "good day")
+		mustRead(t, c, "good day")
+		mustWrite(t, c, "!")
+		mustRead(t, s, "!")
+		rc, err := s.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var info *unix.TCPInfo
+		if e := rc.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.SOL_TCP, unix.TCP_INFO) }); e != nil || err != nil {
+			t.Fatal(e, err)
+		}
+		return info.Segs_in
+	}
+	if with, without := segments(true), segments(false); with >= without {
+		t.Errorf("the other end got %d segments, and %d of one that need not speak", with, without)
+	}
+}
+
 func TestDialAfterClose(t *testing.T) {
 	addr, _ := accepted(t)
 	e := newEngine(t, Options{})

@@ -44,7 +44,8 @@ func (e *Engine) Serve(ctx context.Context, ln *net.TCPListener, handle func(c *
 	defer context.AfterFunc(ctx, interrupt)()
 	defer context.AfterFunc(e.ctx, interrupt)()
 
-	a := &acceptor{e: e, handle: handle, nodelay: nodelay}
+	a := &acceptor{e: e, nodelay: nodelay, crew: newCrew(&e.handlers, handle)}
+	defer a.crew.end()
 	for {
 		a.err, a.pause = nil, false
 		err := rc.Read(a.batch)
@@ -90,7 +91,7 @@ func duplicate(ln *net.TCPListener) (f *os.File, nodelay bool, err error) {
 
 type acceptor struct {
 	e       *Engine
-	handle  func(*Conn)
+	crew    *crew[*Conn]
 	nodelay bool
 	pause   bool  // batch stopped for want of descriptors
 	err     error // batch stopped: the listener is broken
@@ -134,13 +135,7 @@ func (a *acceptor) take(fd int, remote netip.AddrPort) {
 	c := e.newConn(fd, true)
 	c.remote, c.nodelay = remote, a.nodelay
 	e.accepts.Add(1)
-	e.handlers.Add(1)
-	go a.run(c)
-}
-
-func (a *acceptor) run(c *Conn) {
-	defer a.e.handlers.Done()
-	a.handle(c)
+	a.crew.do(c)
 }
 
 // turnAway accepts one client, with the spare descriptor, and resets it. False

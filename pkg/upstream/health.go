@@ -157,15 +157,19 @@ const tripAge = 5 * time.Minute
 // away notes how long a connection took. Of one that was made from here the kernel
 // knows better, if it was long: this host may have been busy.
 func (h *health) away(conn net.Conn, took time.Duration, here bool) {
-	if c, ok := conn.(interface{ RoundTrip() time.Duration }); ok && here && took >= worthwhile {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c, ok := conn.(interface{ RoundTrip() time.Duration }); ok && here && took >= worthwhile && !h.trip.near() {
 		if trip := c.RoundTrip(); trip > 0 {
 			took = min(took, trip)
 		}
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	h.trip.saw(took, time.Now())
 }
+
+// near tells whether a trip has been seen that is short enough for nothing more
+// to depend on.
+func (t *trip) near() bool { return t.next > 0 && t.next < worthwhile }
 
 func (t *trip) saw(d time.Duration, now time.Time) {
 	if now.Sub(t.since) > tripAge {

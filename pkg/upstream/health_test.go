@@ -335,3 +335,32 @@ func TestConnectTogether(t *testing.T) {
 		}
 	})
 }
+
+// measured is a connection of which the kernel says how far it leads.
+type measured struct {
+	net.Conn
+	asked int
+}
+
+func (m *measured) RoundTrip() time.Duration {
+	m.asked++
+	return 100 * time.Microsecond
+}
+
+// TestAway: how busy this host is does not make a server far, and of one that
+// is near the kernel is not asked for each flow.
+func TestAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, m := &health{}, &measured{}
+		for range 100 {
+			h.away(m, 10*worthwhile, true)
+		}
+		time.Sleep(tripAge + 1)
+		for range 100 {
+			h.away(m, 10*worthwhile, true)
+		}
+		if h.trip.best != 100*time.Microsecond || m.asked > 3 {
+			t.Errorf("%v away; the kernel was asked %d times", h.trip.best, m.asked)
+		}
+	})
+}
