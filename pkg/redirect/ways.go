@@ -95,15 +95,19 @@ func (t *table) ways(p *Plan) {
 		t.unheard(p)
 		t.output(p)
 	}
+	if len(p.Interfaces) > 0 {
+		post.add(mark(m, m.Direct()), accept()) // has one mark, and so none of those below
+	}
 	post.add(mark(m, m.Lan()), oifNot("lo"), count(countGuard), drop())
 	post.add(mark(m, m.Local()), oifNot("lo"), count(countGuard), drop())
 	// An answer leaves from the address that was asked, and only to where questions
-	// come from: if that interface is gone, routing would send it elsewhere.
-	elsewhere := []statement{mark(m, m.Own()), notFromUs(), oifNot("lo")}
+	// come from: if that interface is gone, routing would send it elsewhere. Whose
+	// source it is is asked last, since the answer is a look-up.
+	elsewhere := []statement{mark(m, m.Own()), oifNot("lo")}
 	for _, i := range p.Interfaces {
 		elsewhere = append(elsewhere, oifNot(i))
 	}
-	post.add(append(elsewhere, count(countGuard), drop())...)
+	post.add(append(elsewhere, notFromUs(), count(countGuard), drop())...)
 	post.add(mark(m, m.Own()), ctNew(), notFromUs(), setCtMark(m, m.Own()))
 }
 
