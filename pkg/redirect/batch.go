@@ -11,10 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// chunk is how many elements go into one message: the length of an attribute is
-// a number of 16 bits, and what does not fit is cut off without an error.
-const chunk = 1000
-
 // atOnce is how many messages go into one transaction where more than one is
 // allowed. The time that one takes grows faster than its size: for 100,000
 // prefixes one takes 1.2 seconds, ten take 0.5.
@@ -75,7 +71,7 @@ func (t *table) setMessages() ([]netlink.Message, error) {
 			if err := c.AddSet(ns, nil); err != nil {
 				return err
 			}
-			for e := range slices.Chunk(s.elements, chunk) {
+			for e := range s.pieces() {
 				if err := c.SetAddElements(ns, e); err != nil {
 					return err
 				}

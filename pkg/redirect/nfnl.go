@@ -1,6 +1,7 @@
 package redirect
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -333,6 +334,7 @@ func (c *nfnl) names(kind int) ([]string, error) {
 // element is one element of a set, its key in the kernel's form.
 type element struct {
 	key  []byte
+	end  bool          // it is the first address behind a range
 	left time.Duration // 0: it does not end
 }
 
@@ -340,7 +342,62 @@ type element struct {
 // call.
 func (c *nfnl) elements(set string, f func(element)) error {
 	m := nfMessage(unix.NFT_MSG_GETSETELEM, 0, stringAttr(unix.NFTA_SET_ELEM_LIST_TABLE, tableName), stringAttr(unix.NFTA_SET_ELEM_LIST_SET, set))
-	return c.query(m, true, func(ad *netlink.AttributeDecoder) error {
+	return c.query(m, true, elementsOf(f))
+}
+
+// has tells whether a set of ours has an element.
+func (c *nfnl) has(set string, e nftables.SetElement) (has bool, err error) {
+	ae := netlink.NewAttributeEncoder()
+	ae.ByteOrder = binary.BigEndian
+	ae.Nested(unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) error {
+		ae.Nested(unix.NFTA_SET_ELEM_KEY, func(ae *netlink.AttributeEncoder) error {
+			ae.Bytes(unix.NFTA_DATA_VALUE, e.Key)
+			return nil
+		})
+		if e.IntervalEnd {
+			ae.Uint32(unix.NFTA_SET_ELEM_FLAGS, unix.NFT_SET_ELEM_INTERVAL_END)
+		}
+		return nil
+	})
+	list, err := ae.Encode()
+	if err != nil {
+		return false, err
+	}
+	m := nfMessage(unix.NFT_MSG_GETSETELEM, 0, stringAttr(unix.NFTA_SET_ELEM_LIST_TABLE, tableName), stringAttr(unix.NFTA_SET_ELEM_LIST_SET, set),
+		netlink.Attribute{Type: unix.NFTA_SET_ELEM_LIST_ELEMENTS | unix.NLA_F_NESTED, Data: list})
+	// It answers with an element that is near if it has not the one asked for.
+	err = c.query(m, false, elementsOf(func(there element) {
+		has = has || bytes.Equal(there.key, e.Key) && there.end == e.IntervalEnd
+	}))
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return has, err
+}
+
+// elementsOf reads an answer with elements.
+func elementsOf(f func(element)) func(*netlink.AttributeDecoder) error {
+	one := func(e *element) func(*netlink.AttributeDecoder) error {
+		return func(ad *netlink.AttributeDecoder) error {
+			for ad.Next() {
+				switch ad.Type() {
+				case unix.NFTA_SET_ELEM_KEY:
+					ad.Nested(func(key *netlink.AttributeDecoder) error {
+						for key.Next() {
+							e.key = key.Bytes()
+						}
+						return nil
+					})
+				case unix.NFTA_SET_ELEM_FLAGS:
+					e.end = ad.Uint32()&unix.NFT_SET_ELEM_INTERVAL_END != 0
+				case unix.NFTA_SET_ELEM_EXPIRATION:
+					e.left = time.Duration(ad.Uint64()) * time.Millisecond
+				}
+			}
+			return nil
+		}
+	}
+	return func(ad *netlink.AttributeDecoder) error {
 		for ad.Next() {
 			if ad.Type() != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 				continue
@@ -348,29 +405,14 @@ func (c *nfnl) elements(set string, f func(element)) error {
 			ad.Nested(func(list *netlink.AttributeDecoder) error {
 				for list.Next() {
 					var e element
-					list.Nested(func(ad *netlink.AttributeDecoder) error {
-						for ad.Next() {
-							switch ad.Type() {
-							case unix.NFTA_SET_ELEM_KEY:
-								ad.Nested(func(key *netlink.AttributeDecoder) error {
-									for key.Next() {
-										e.key = key.Bytes()
-									}
-									return nil
-								})
-							case unix.NFTA_SET_ELEM_EXPIRATION:
-								e.left = time.Duration(ad.Uint64()) * time.Millisecond
-							}
-						}
-						return nil
-					})
+					list.Nested(one(&e))
 					f(e)
 				}
 				return nil
 			})
 		}
 		return ad.Err()
-	})
+	}
 }
 
 // counters returns packets and bytes of the counters of our table.

@@ -46,7 +46,13 @@ func (f family) first() netip.Addr {
 
 // normal returns the ranges of the family, sorted and merged.
 func normal(ranges []Range, f family) []Range {
-	var rs []Range
+	n := 0
+	for _, r := range ranges {
+		if familyOf(r.From) == f {
+			n++
+		}
+	}
+	rs := make([]Range, 0, n)
 	for _, r := range ranges {
 		if familyOf(r.From) == f {
 			rs = append(rs, r)

@@ -2,7 +2,9 @@ package redirect
 
 import (
 	"fmt"
+	"iter"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -23,7 +25,35 @@ type set struct {
 	dynamic  bool   // rules add elements
 	size     uint32 // 0: as it comes
 	elements []nftables.SetElement
+	ranges   []Range                       // in place of elements: so many that they are made when they are sent
 	list     func(yield func(string) bool) // the elements as nft writes them; nil: none
+}
+
+// chunk is how many elements go into one message: the length of an attribute is
+// a number of 16 bits, and what does not fit is cut off without an error.
+const chunk = 1000
+
+// pieces are the elements in messages' worth. Each is valid until the next.
+func (s *set) pieces() iter.Seq[[]nftables.SetElement] {
+	if s.ranges == nil {
+		return slices.Chunk(s.elements, chunk)
+	}
+	return func(yield func([]nftables.SetElement) bool) {
+		piece := make([]nftables.SetElement, 0, min(chunk, 2*len(s.ranges)))
+		for _, r := range s.ranges {
+			if len(piece)+2 > chunk {
+				if !yield(piece) {
+					return
+				}
+				piece = piece[:0]
+			}
+			piece = append(piece, nftables.SetElement{Key: r.From.AsSlice()})
+			if end := r.To.Next(); end.IsValid() {
+				piece = append(piece, nftables.SetElement{Key: end.AsSlice(), IntervalEnd: true})
+			}
+		}
+		yield(piece)
+	}
 }
 
 func (s *set) lookup() expr.Any { return &expr.Lookup{SourceRegister: reg1, SetName: s.name} }
@@ -63,14 +93,7 @@ func concat(types ...nftables.SetDatatype) nftables.SetDatatype {
 
 // addrSet holds normal ranges of a family.
 func addrSet(name string, f family, ranges []Range) *set {
-	s := &set{name: name, key: addrType(f), interval: true}
-	s.elements = make([]nftables.SetElement, 0, 2*len(ranges))
-	for _, r := range ranges {
-		s.elements = append(s.elements, nftables.SetElement{Key: r.From.AsSlice()})
-		if end := r.To.Next(); end.IsValid() {
-			s.elements = append(s.elements, nftables.SetElement{Key: end.AsSlice(), IntervalEnd: true})
-		}
-	}
+	s := &set{name: name, key: addrType(f), interval: true, ranges: ranges}
 	s.list = func(yield func(string) bool) {
 		for _, r := range ranges {
 			if !yield(r.text()) {
@@ -169,7 +192,7 @@ func (s *set) text(b *strings.Builder) {
 	case s.interval:
 		b.WriteString("\t\tflags interval\n")
 	}
-	if s.list != nil && len(s.elements) > 0 {
+	if s.list != nil && len(s.elements)+len(s.ranges) > 0 {
 		sep := "\t\telements = { "
 		for e := range s.list {
 			b.WriteString(sep + e)
