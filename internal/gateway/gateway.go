@@ -77,8 +77,9 @@ type Gateway struct {
 // live is a flow that is being carried.
 type live struct {
 	flow   flow.Flow
-	plan   *Plan // that decided it
+	plan   *Plan // that decided it, until it is joined: it would be as long in memory as the longest flow
 	rule   *routes.Rule
+	knewIf bool             // the plan asked by which interface the flow entered
 	via    *upstream.Server // nil: DIRECT
 	at     netip.AddrPort   // of a name that is DIRECT: where it was dialled
 	start  time.Time
@@ -296,6 +297,9 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 		sent = l.up.Sent
 	}
 	o.EarlyUp = l.early[sent:]
+	p := l.plan
+	l.knewIf = p.table.UsesInterfaces()
+	l.rule, l.plan, l.early = l.rule.Bare(), nil, nil
 	g.count.started(l.rule.Action)
 	raw, ok := server.(*relay.Conn)
 	g.mu.Lock()
@@ -317,7 +321,7 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 	g.mu.Lock()
 	l.stream = stream
 	g.mu.Unlock()
-	if l.via == nil && g.plan.Load() != l.plan && !g.stillDirect(l) {
+	if l.via == nil && g.plan.Load() != p && !g.stillDirect(l) {
 		stream.Kill() // a reload came between the decision and the relay
 	}
 }
@@ -326,7 +330,7 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 // if it asks for an interface that nobody wanted to know when the flow came.
 func (g *Gateway) stillDirect(l *live) bool {
 	t := g.plan.Load().table
-	return (l.plan.table.UsesInterfaces() || !t.UsesInterfaces()) && decides(t, l).Action == routes.Direct
+	return (l.knewIf || !t.UsesInterfaces()) && decides(t, l).Action == routes.Direct
 }
 
 // done is called once, when both connections of the flow are closed.

@@ -9,11 +9,13 @@ import (
 	"net"
 	"net/netip"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/tproxyd/tproxyd/internal/gateway"
@@ -391,5 +393,27 @@ func TestConnectLimit(t *testing.T) {
 	wantReset(t, l.connect(wwwAt))
 	if line := l.flow(); line["err"] != context.DeadlineExceeded.Error() {
 		t.Errorf("log: %v", line)
+	}
+}
+
+// TestSwapLetsGo: a flow that lives on does not keep the rules in memory by
+// which it was decided; they can be a hundred megabytes.
+func TestSwapLetsGo(t *testing.T) {
+	for _, rules := range []string{"LIST l 127.0.0.0/8 www.example.org\nDIRECT $l", "SOCKD5 @=$S *"} {
+		l := newLab(t, slog.LevelInfo, socksserver.Fault{}, rules)
+		c := l.connect(realAt)
+		echoes(t, c, "before")
+		<-l.handled
+		old := weak.Make(l.Plan().Table())
+		l.Swap(l.plan(socksserver.Fault{}, "DIRECT *"))
+		echoes(t, c, "after")
+		for end := time.Now().Add(patience); old.Value() != nil; time.Sleep(time.Millisecond) {
+			runtime.GC()
+			if time.Now().After(end) {
+				t.Errorf("%s: a flow keeps the rules before", rules)
+				break
+			}
+		}
+		finish(t, c)
 	}
 }

@@ -72,7 +72,8 @@ func (g *Gateway) decideUDP(l *live, ifIndex int) (v relay.Verdict, err error) {
 	v.Short = f.Dst.Port() == dnsPort
 	v.Why = l.why()
 	if l.pinned {
-		v.Release = func() { g.o.Names.Unpin(f.Dst.Addr()) }
+		addr := f.Dst.Addr() // and not l, which has the plan
+		v.Release = func() { g.o.Names.Unpin(addr) }
 	}
 	return v, nil
 }
@@ -82,7 +83,7 @@ func (l *live) why() any {
 	if l.rule == nil {
 		return nil
 	}
-	return l.rule
+	return l.rule.Bare()
 }
 
 // serverWay leads through an association with a server of the rule's list.

@@ -236,6 +236,17 @@ func (r *Rule) Position() string {
 	return r.File + ":" + strconv.Itoa(r.Line)
 }
 
+// Bare returns a rule that says the same of itself and holds no LIST, for who
+// keeps it longer than its Table: r, or a copy of it.
+func (r *Rule) Bare() *Rule {
+	if r.dest.list == nil {
+		return r
+	}
+	bare := *r
+	bare.dest = dest{}
+	return &bare
+}
+
 // ActionFor returns what the rule does with flows of a network: Action, but for
 // UDP what udp= says of a rule with servers. A rule with servers of which none
 // carries UDP (see CarriesUDP) refuses it all the same.
