@@ -73,6 +73,7 @@ type reloadCount struct {
 // New brings up everything of setup but the serving itself: what can fail
 // fails here, and then nothing is left behind that was not there before.
 func New(setup *Setup, log *slog.Logger) (*Daemon, error) {
+	defer frugal()()
 	d := &Daemon{log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark, enclosure: setup.enclosure}
 	if err := d.open(); err != nil {
 		d.release(true)

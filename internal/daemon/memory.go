@@ -2,14 +2,30 @@ package daemon
 
 import (
 	"context"
+	"runtime"
 	"runtime/debug"
 	"time"
 )
 
 const (
-	ebbCheck = 2 * time.Second
-	ebbWorth = 128 // flows and UDP sessions; fewer leave nothing worth the work
+	ebbCheck   = 2 * time.Second
+	frugalFrom = 128 << 20 // bytes of heap; what is garbage of less is not worth the work
+	ebbWorth   = 128       // flows and UDP sessions; fewer leave nothing worth the work
 )
+
+// frugal has the garbage of what is read and compiled collected early, until the
+// function that it returns is called: beside rules with a million names, the
+// same again for a moment, as much garbage as both would be too much.
+func frugal() (end func()) {
+	before := debug.SetGCPercent(25)
+	return func() {
+		debug.SetGCPercent(before)
+		var m runtime.MemStats
+		if runtime.ReadMemStats(&m); m.HeapInuse+m.HeapIdle-m.HeapReleased > frugalFrom {
+			debug.FreeOSMemory()
+		}
+	}
+}
 
 // giveBack returns memory to the system whenever three quarters of the flows
 // and sessions are gone that there were at the most. Go would keep it for

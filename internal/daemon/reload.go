@@ -21,6 +21,7 @@ import (
 func (d *Daemon) Reload() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	defer frugal()()
 	notifyReloading()
 	defer func() { notifyReady(d.readyLine()) }()
 	err := d.reload()

@@ -33,6 +33,7 @@ type Setup struct {
 // is systemd's credential directory; empty: none. The diagnostics are those of
 // all files; the Setup is nil if there is an error among them.
 func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
+	defer frugal()()
 	c, diags := config.LoadPartial(path)
 	if c == nil || slices.ContainsFunc(diags, func(d routes.Diagnostic) bool { return d.Code == "T01" }) {
 		return nil, diags // it does not tell where the other files are
@@ -76,6 +77,7 @@ func missingCredentials(t *routes.Table, creds config.Credentials) (diags routes
 // file has an error. Without rules everything that enters is refused. The Setup
 // is nil if tproxyd.toml has an error and does not tell what to take.
 func LoadClosed(path string) (*Setup, routes.Diagnostics) {
+	defer frugal()()
 	c, diags := config.LoadPartial(path)
 	switch {
 	case !diags.HasErrors():

@@ -1,7 +1,7 @@
 package routes
 
 import (
-	"container/heap"
+	"cmp"
 	"math/bits"
 	"net/netip"
 	"slices"
@@ -81,7 +81,11 @@ func makeBlock(rules []*Rule, network flow.Network) Block {
 	r := rules[0]
 	b := Block{Network: r.Protocols, Ports: r.Ports, Src: r.Src, Ifs: r.Ifs, Rules: rules}
 	for _, is4 := range []bool{true, false} {
-		var spans []span
+		n := 0
+		for _, r := range rules {
+			n += len(r.dest.prefixes)
+		}
+		spans := make([]span, 0, n)
 		for _, r := range rules {
 			for _, p := range r.dest.prefixes {
 				if p.Addr().Is4() == is4 {
@@ -97,9 +101,12 @@ func makeBlock(rules []*Rule, network flow.Network) Block {
 			case Deny:
 				list = &b.Deny
 			}
-			if n := len(*list); n > 0 && (*list)[n-1].To.Next() == from {
-				(*list)[n-1].To = to
+			if last := len(*list) - 1; last >= 0 && (*list)[last].To.Next() == from {
+				(*list)[last].To = to
 				return
+			}
+			if *list == nil {
+				*list = make([]Range, 0, n) // there can be more, but seldom are
 			}
 			*list = append(*list, Range{from, to})
 		})
@@ -107,58 +114,46 @@ func makeBlock(rules []*Rule, network flow.Network) Block {
 	return b
 }
 
-// span is a rule's claim to a range of addresses.
+// span is a rule's claim to the addresses of a prefix.
 type span struct {
 	from, to netip.Addr
 	rule     *Rule
 }
 
-// spanHeap has the first rule on top.
-type spanHeap []span
-
-func (h spanHeap) Len() int           { return len(h) }
-func (h spanHeap) Less(i, j int) bool { return h[i].rule.Index < h[j].rule.Index }
-func (h spanHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *spanHeap) Push(x any)        { *h = append(*h, x.(span)) }
-func (h *spanHeap) Pop() any {
-	last := len(*h) - 1
-	s := (*h)[last]
-	*h = (*h)[:last]
-	return s
-}
-
 // sweep calls emit for each piece of the line with the first rule that claims
-// it, in order.
+// it, in order. Of two prefixes one is in the other, or they have nothing in
+// common; so those that are open at an address are a stack.
 func sweep(spans []span, emit func(from, to netip.Addr, r *Rule)) {
-	slices.SortFunc(spans, func(a, b span) int { return a.from.Compare(b.from) })
-	var open spanHeap
-	at := netip.Addr{} // where the next piece begins; only valid while something is open
-	for i := 0; i < len(spans) || len(open) > 0; {
-		if len(open) == 0 {
-			at = spans[i].from
+	slices.SortFunc(spans, func(a, b span) int {
+		return cmp.Or(a.from.Compare(b.from), b.to.Compare(a.to))
+	})
+	var open []span     // each with the first rule of those below it and its own
+	var from netip.Addr // where the next piece begins; only valid while something is open
+	closeUntil := func(to netip.Addr) {
+		for len(open) > 0 && (!to.IsValid() || open[len(open)-1].to.Less(to)) {
+			top := open[len(open)-1]
+			open = open[:len(open)-1]
+			if from.IsValid() && !top.to.Less(from) {
+				emit(from, top.to, top.rule)
+				from = top.to.Next() // invalid at the end of the line, where all that is open ends
+			}
 		}
-		for i < len(spans) && spans[i].from == at {
-			heap.Push(&open, spans[i])
-			i++
-		}
-		// Claims that end before here are dropped when they come to the top.
-		for len(open) > 0 && open[0].to.Less(at) {
-			heap.Pop(&open)
-		}
-		if len(open) == 0 {
-			continue
-		}
-		to := open[0].to
-		if i < len(spans) && spans[i].from.Compare(to) <= 0 {
-			to = spans[i].from.Prev()
-		}
-		emit(at, to, open[0].rule)
-		next := to.Next()
-		if !next.IsValid() {
-			return // the end of the line
-		}
-		at = next
 	}
+	for _, s := range spans {
+		closeUntil(s.from)
+		if n := len(open); n > 0 {
+			top := open[n-1]
+			if from.Less(s.from) {
+				emit(from, s.from.Prev(), top.rule)
+			}
+			if top.rule.Index < s.rule.Index {
+				s.rule = top.rule
+			}
+		}
+		from = s.from
+		open = append(open, s)
+	}
+	closeUntil(netip.Addr{})
 }
 
 // lastOf returns the last address of a prefix.

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 const (
 	maxMembers  = 1 << 24 // names and networks of all files together
 	maxMistakes = 100     // of one file that are reported one by one
+	listLine    = 28      // bytes of a line, for a guess how many there are
 )
 
 // listFile reads members from a file, in any mix of the forms that lists come
@@ -35,6 +37,11 @@ func (l *line) listFile(t token, path string, into *list) {
 	}
 	defer f.Close()
 	r := &listReader{line: &line{parser: l.parser, statement: &statement{file: path}}, into: &into.dest}
+	if f, ok := f.(fs.File); ok {
+		if info, err := f.Stat(); err == nil { // most lines are a name: to grow by and by costs several times as much
+			into.dest.names = slices.Grow(into.dest.names, int(min(info.Size(), 1<<28)/listLine))
+		}
+	}
 	if err := r.read(f); err != nil {
 		l.errorf(t, "E24", "%v", readError(path, err))
 	}

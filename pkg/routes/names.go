@@ -1,6 +1,7 @@
 package routes
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -266,11 +267,9 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 	addr = addr.Unmap()
 	// What is final and matches the address is left out: the kernel asks it
 	// first, and knows all that it asks for.
-	rules := slices.DeleteFunc(t.candidates(name), func(r *Rule) bool {
-		return t.final(r) && slices.ContainsFunc(r.dest.prefixes, func(p netip.Prefix) bool { return p.Contains(addr) })
-	})
-	n, _ := t.prefixes.Lookup(addr)
-	for ; n != nil; n = n.parent {
+	node, _ := t.prefixes.Lookup(addr)
+	rules := slices.DeleteFunc(t.candidates(name), func(r *Rule) bool { return t.final(r) && t.hasRule(node, r) })
+	for n := node; n != nil; n = n.parent {
 		for _, r := range t.groups[n.group] {
 			if !t.final(r) {
 				rules = append(rules, r)
@@ -289,6 +288,16 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 	// what is left can be too many ports: let pass less rather than more.
 	scopes = slices.DeleteFunc(directScopes(rules), Scope.tooWide)
 	return scopes, len(scopes) > 0
+}
+
+// hasRule tells whether a rule is one of those for an address that found n.
+func (t *Table) hasRule(n *prefixNode, r *Rule) bool {
+	for ; n != nil; n = n.parent {
+		if _, ok := slices.BinarySearchFunc(t.groups[n.group], r.Index, func(e *Rule, i int) int { return cmp.Compare(e.Index, i) }); ok {
+			return true
+		}
+	}
+	return false
 }
 
 // AddressRule returns the first rule before r that takes addresses, but not

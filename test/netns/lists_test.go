@@ -1,0 +1,112 @@
+package netns_test
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Topology: world. The gateway's rules have a million names and 200,000
+// networks, none of which is in the world but those that the test adds.
+
+// bigLists writes the files of two LISTs: a million names in the three forms
+// that lists come in, and 200,000 networks.
+func (h *host) bigLists(t testing.TB) {
+	t.Helper()
+	write := func(name string, n int, line func(i int) string) {
+		f, err := os.Create(h.dir + "/" + name)
+		h.must(t, err)
+		w := bufio.NewWriter(f)
+		for i := range n {
+			w.WriteString(line(i))
+		}
+		h.must(t, w.Flush())
+		h.must(t, f.Close())
+	}
+	write("plain", 500_000, func(i int) string { return fmt.Sprintf("host%d.zone%d.example\n", i, i%5000) })
+	write("hosts", 250_000, func(i int) string { return fmt.Sprintf("0.0.0.0 tracker%d.zone%d.example\n", i, i%5000) })
+	write("dnsmasq", 250_000, func(i int) string { return fmt.Sprintf("address=/ads%d.zone%d.example/\n", i, i%5000) })
+	write("networks", 200_000, func(i int) string {
+		if i%5 == 0 {
+			return fmt.Sprintf("fd00:%x:%x00::/40\n", i>>8, i&255)
+		}
+		return fmt.Sprintf("%d.%d.%d.0/24\n", 11+i>>15, i>>7&255, i<<1&255)
+	})
+}
+
+const bigRules = `LIST ads file=plain file=hosts file=dnsmasq
+LIST near file=networks
+DENY   $ads reject=dns-nxdomain
+DIRECT $near
+`
+
+// TestReloadOfBigLists: a million names and 200,000 networks are loaded in
+// bounded memory, and loaded anew under load nothing is lost and nothing leaks.
+func TestReloadOfBigLists(t *testing.T) {
+	t.Parallel()
+	w, d := leakWorld(t)
+	w.gateway.bigLists(t)
+	d.routes(t, bigRules+leakRoutes)
+	began := time.Now()
+	d.start(t)
+	ready := time.Since(began)
+	most := d.status(t, "VmHWM")
+	if most > 400<<10 {
+		t.Errorf("%d KB of memory to be ready", most)
+	}
+	for _, name := range []string{"host499999.zone4999.example", "tracker7.zone7.example", "ads7.zone7.example", "x.ads7.zone7.example"} {
+		if got := w.answer(t, name); got != "NXDOMAIN" {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+	if got := w.answer(t, "x.host7.zone7.example"); got != "pool" {
+		t.Errorf("a name that is in no list: %s", got)
+	}
+	flows := w.startEchoes(t, 8)
+	w.observe(t)
+	over := make(chan *outcomes, 1)
+	go func() { over <- w.storm(600, 2*time.Millisecond) }()
+	w.gateway.file(t, "more", "only.example\n", 0o644)
+	d.routes(t, strings.Replace(bigRules, "file=plain", "file=plain file=more", 1)+leakRoutes)
+	began = time.Now()
+	d.reload(t)
+	reloaded := time.Since(began)
+	o := <-over
+	t.Logf("ready in %v, reloaded in %v, CPU %v, at most %d MB to be ready and %d MB in all; %v",
+		ready, reloaded, d.cpu(t), most>>10, d.status(t, "VmHWM")>>10, o)
+	if want := o.done * 4 / 6; o.served < want || o.hung > 0 {
+		t.Errorf("the reload cost somebody the connection: %v, want at least %d served", o, want)
+	}
+	for name, want := range map[string]string{"only.example": "NXDOMAIN", "host7.zone7.example": "NXDOMAIN", "x.host7.zone7.example": "pool"} {
+		if got := w.answer(t, name); got != want {
+			t.Errorf("after the reload %s is %s, want %s", name, got, want)
+		}
+	}
+	if n, who := w.leaked(t); n != 0 {
+		t.Errorf("%d packets leaked:\n%s", n, who)
+	}
+	flows.finish(t)
+	if kb := d.status(t, "VmHWM"); kb > 450<<10 { // the rules before and those after, for a moment
+		t.Errorf("%d KB of memory at the most, with the reload", kb)
+	}
+}
+
+// status returns a figure of /proc/PID/status, in KB.
+func (d *daemon) status(t testing.TB, key string) (n int) {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.pid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if value, ok := strings.CutPrefix(line, key+":"); ok {
+			fmt.Sscan(value, &n)
+			return n
+		}
+	}
+	t.Fatalf("no %s in\n%s", key, b)
+	return 0
+}
