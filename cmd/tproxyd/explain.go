@@ -244,7 +244,7 @@ func (x *explanation) decide(f flow.Flow, r *routes.Rule) {
 		return
 	}
 	if !carried(f, r) {
-		x.note("no server of the rule carries UDP (udp=off, tls, a chain or another protocol)")
+		x.note("no server of the rule carries UDP (udp=off, tls, a chain without udp=chain, or another protocol)")
 		x.Verdict = routes.Deny.String()
 		return
 	}
@@ -265,7 +265,7 @@ func (x *explanation) decide(f flow.Flow, r *routes.Rule) {
 		x.Order = "by UDP ASSOCIATE, the next one if a server is at fault or carries no UDP"
 		each = "client socket"
 		if len(off) > 0 {
-			x.note("never asked to carry UDP, by udp=off, tls, a chain or another protocol: " + strings.Join(off, ", "))
+			x.note("never asked to carry UDP, by udp=off, tls, a chain without udp=chain, or another protocol: " + strings.Join(off, ", "))
 		}
 		if f.Dst.Port() == dnsPort {
 			x.note("where no server carries UDP a question goes through them as DNS over TCP")

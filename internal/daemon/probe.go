@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/tproxyd/tproxyd/pkg/relay"
 	"github.com/tproxyd/tproxyd/pkg/upstream"
 	"golang.org/x/sys/unix"
 )
@@ -40,6 +41,9 @@ func (s *Setup) Probe(ctx context.Context) ([]ServerReport, error) {
 		},
 		Resolve: func(ctx context.Context, host string) ([]netip.Addr, error) {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		},
+		Packet: func(from upstream.Local) (upstream.PacketSocket, error) {
+			return relay.NewPacket(from.Addr, nil) // it is not used
 		},
 		ConnectTimeout:   limits.Connect,
 		HandshakeTimeout: limits.Handshake,

@@ -122,6 +122,8 @@ func upstreamUDP(m routes.UDPMode) upstream.UDPMode {
 		return upstream.UDPZero
 	case routes.UDPOff:
 		return upstream.UDPOff
+	case routes.UDPChain:
+		return upstream.UDPChain
 	}
 	return upstream.UDPOwn
 }

@@ -98,7 +98,7 @@ func (g *Gateway) serverWay(l *live) *relay.Way {
 		if err != nil {
 			return relay.Outlet{}, err
 		}
-		return relay.Outlet{Socket: a.Socket.(*relay.Packet), Control: a.Control.(*relay.Conn), Via: a.Server}, nil
+		return outletOf(a)
 	}
 	if l.flow.Dst.Port() == dnsPort {
 		associate := w.Open
@@ -112,6 +112,44 @@ func (g *Gateway) serverWay(l *live) *relay.Way {
 		}
 	}
 	return w
+}
+
+// outletOf is an association as the relay has it: before a datagram's own header
+// stand those for the relays of a chain, the nearest first.
+func outletOf(a *upstream.Association) (o relay.Outlet, err error) {
+	o = relay.Outlet{Socket: a.Socket.(*relay.Packet), Via: a.Server}
+	for _, c := range a.Control {
+		o.Control = append(o.Control, c.(*relay.Conn))
+	}
+	for _, hop := range a.Hops {
+		if o.Outer, err = socks.AppendUDPHeader(o.Outer, hop); err != nil {
+			a.Close()
+			return relay.Outlet{}, err
+		}
+	}
+	if len(a.Hops) > 0 {
+		o.Inner = func(b []byte) (int, bool) { return fromHops(b, a.Hops) }
+	}
+	return o, nil
+}
+
+// fromHops returns the length of the headers that a datagram has of the relays of
+// a chain, false if it is not from them: whoever may send to a relay could else
+// pretend to be anybody.
+func fromHops(b []byte, hops []flow.Target) (n int, ok bool) {
+	for _, hop := range hops {
+		from, name, m, err := socks.ParseUDPHeader(b[n:])
+		switch {
+		case err != nil, from.Port() != hop.Port:
+			return 0, false
+		case hop.Name == "" && len(name) == 0 && from.Addr() != hop.Addr.Unmap():
+			return 0, false
+		case hop.Name == "" && len(name) > 0, hop.Name != "" && len(name) > 0 && string(name) != hop.Name:
+			return 0, false
+		}
+		n += m
+	}
+	return n, true
 }
 
 // same finds a server of an earlier plan in a list of this one.

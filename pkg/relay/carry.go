@@ -56,8 +56,13 @@ func (sh *shard) send(f *udpFlow, data [][]byte) [][]byte {
 		sh.prepare(o)
 	}
 	sh.checkMTU(f, o, data)
+	header := f.verdict.Header
+	if len(o.outer) > 0 {
+		sh.header = append(append(sh.header[:0], o.outer...), header...)
+		header = sh.header
+	}
 	for len(data) > 0 {
-		n, e := sh.out.send(int(o.fd), f.verdict.Header, data, &o.super)
+		n, e := sh.out.send(int(o.fd), header, data, &o.super)
 		data = data[n:]
 		switch e {
 		case 0:
@@ -93,7 +98,7 @@ func (sh *shard) checkMTU(f *udpFlow, o *outlet, data [][]byte) {
 		return
 	}
 	client := headers(!f.s.client.Addr().Is4())
-	fits := o.mtu - headers(o.socket.v6) - len(f.verdict.Header)
+	fits := o.mtu - headers(o.socket.v6) - len(o.outer) - len(f.verdict.Header)
 	for _, d := range data {
 		if len(d) > fits && len(d)+client <= o.mtu {
 			f.told = sh.now + 1

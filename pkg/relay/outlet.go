@@ -23,7 +23,9 @@ type outlet struct {
 	s      *session
 	key    string
 	socket *Packet
-	ctl    *Conn
+	ctl    []*Conn
+	outer  []byte // of Outlet
+	inner  func([]byte) (int, bool)
 	fd     int32 // of socket; -1: not open yet, or closed
 	cancel context.CancelFunc
 	closed bool
@@ -123,8 +125,8 @@ func (sh *shard) openOutlet(f *udpFlow, w *Way) {
 }
 
 func (m *Outlet) close() {
-	if m.Control != nil {
-		m.Control.Close()
+	for _, c := range m.Control {
+		c.Close()
 	}
 	m.Socket.Close()
 }
@@ -142,7 +144,7 @@ func (sh *shard) opened(o *outlet, w *Way, made Outlet, err error) {
 		made.close()
 		return
 	}
-	o.socket, o.ctl = made.Socket, made.Control
+	o.socket, o.ctl, o.outer, o.inner = made.Socket, made.Control, made.Outer, made.Inner
 	o.fd = o.socket.fd.Load()
 	o.begun = sh.now
 	if o.socket.pair {
@@ -153,8 +155,8 @@ func (sh *shard) opened(o *outlet, w *Way, made Outlet, err error) {
 		sh.brokenOutlet(o, e)
 		return
 	}
-	if o.ctl != nil {
-		o.ctl.whenEnded(func() { sh.post(func() { sh.closeOutlet(o) }) })
+	for _, c := range o.ctl {
+		c.whenEnded(func() { sh.post(func() { sh.closeOutlet(o) }) })
 	}
 	sh.u.associate.Add(1)
 	o.s.noteVia(o.key, made.Via)
@@ -180,9 +182,11 @@ func (sh *shard) prepare(o *outlet) {
 // tend has the end of a control connection noticed, of an outlet that is still
 // used when it is no longer new.
 func (sh *shard) tend(o *outlet) {
-	if !o.kept && o.ctl != nil && sh.now-o.begun > keepAliveTicks {
+	if !o.kept && len(o.ctl) > 0 && sh.now-o.begun > keepAliveTicks {
 		o.kept = true
-		o.ctl.Control(func(fd int) error { keepAlive(fd); return nil })
+		for _, c := range o.ctl {
+			c.Control(func(fd int) error { keepAlive(fd); return nil })
+		}
 	}
 }
 
@@ -339,8 +343,8 @@ func (sh *shard) closeOutlet(o *outlet) {
 		o.socket.Close()
 		o.fd = -1
 	}
-	if o.ctl != nil {
-		o.ctl.Close()
+	for _, c := range o.ctl {
+		c.Close()
 	}
 	s := o.s
 	if i := slices.Index(s.outlets, o); i >= 0 {

@@ -33,6 +33,7 @@ type shard struct {
 	next    [burstSize]int8 // of batch: the next one of the same flow
 	dirty   []*udpFlow      // have datagrams in batch
 	data    [][]byte        // of one flow, for one call
+	header  []byte          // before them, where there are two
 	replies []flow.Datagram
 	astray  []int // messages that came by another flow's socket
 
@@ -376,6 +377,14 @@ func (sh *shard) fromOutlet(o *outlet) (more bool) {
 func (sh *shard) sender(o *outlet, d []byte) (*udpFlow, []byte) {
 	if o.bare != nil {
 		return o.bare, d
+	}
+	if o.inner != nil {
+		n, ok := o.inner(d)
+		if !ok {
+			sh.u.drop(DropStranger, 1)
+			return nil, nil
+		}
+		d = d[n:]
 	}
 	from, name, n, err := sh.u.o.Header(d)
 	if err != nil || len(name) == 0 && !from.IsValid() {

@@ -88,11 +88,17 @@ type Way struct {
 }
 
 // Outlet is a socket that datagrams of one session leave by, and their answers
-// come back. The UDP owns both parts.
+// come back. The UDP owns the socket and the connections.
 type Outlet struct {
 	Socket  *Packet
-	Control *Conn // nil: none; if it ends, or says anything, the outlet has ended
-	Via     any   // of no meaning here; for Way.Open and SessionResult
+	Control []*Conn // if one of them ends, or says anything, the outlet has ended
+	Via     any     // of no meaning here; for Way.Open and SessionResult
+
+	// Outer goes before the header of each datagram on its way out. Inner returns
+	// the length of what stands there in what comes back, false if that is not
+	// from where it should be. Both or neither.
+	Outer []byte
+	Inner func(b []byte) (n int, ok bool)
 }
 
 // UDPOptions says what a [UDP] is made of. Sources, Decide, Header, FlowSocket

@@ -64,7 +64,7 @@ func TestUDPControlEndedBefore(t *testing.T) {
 		err := dial(ctx, o)
 		c := <-far
 		c.Close()
-		eventually(t, "the end is seen", func() bool { return !o.Control.Quiet() })
+		eventually(t, "the end is seen", func() bool { return !o.Control[0].Quiet() })
 		return err
 	})
 	r.carries(client1, web, "hello") // it is sent before the end is served, or not at all
@@ -315,8 +315,8 @@ func TestWhenEnded(t *testing.T) {
 	if err := r.open(t.Context(), &o); err != nil {
 		t.Fatal(err)
 	}
-	defer o.Control.Close()
-	c, late := o.Control, <-far
+	defer o.Control[0].Close()
+	c, late := o.Control[0], <-far
 	mustWrite(t, late, "reply")
 	mustRead(t, c, "reply")
 	ended := make(chan bool, 10)
@@ -331,7 +331,7 @@ func TestWhenEnded(t *testing.T) {
 	c.event(c.l, unix.EPOLLIN)
 	c.whenEnded(func() { ended <- true }) // at once
 	want(t, ended, true)
-	o.Control.Close()
+	o.Control[0].Close()
 	c.whenEnded(func() { ended <- true })
 	want(t, ended, true)
 	none(t, ended)

@@ -323,8 +323,11 @@ func (r *udpRig) controls() <-chan *net.TCPConn {
 	}
 	addr, far := accepted(r.t)
 	r.engine = e
-	r.opensBy(func(ctx context.Context, o *Outlet) (err error) {
-		o.Control, err = e.Dial(ctx, DialOptions{}, netip.MustParseAddrPort(addr))
+	r.opensBy(func(ctx context.Context, o *Outlet) error {
+		c, err := e.Dial(ctx, DialOptions{}, netip.MustParseAddrPort(addr))
+		if err == nil {
+			o.Control = append(o.Control, c)
+		}
 		return err
 	})
 	r.t.Cleanup(func() { r.close(); e.Close() })

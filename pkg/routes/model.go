@@ -92,9 +92,10 @@ type UDPMode uint8
 
 // The modes.
 const (
-	UDPOwn  UDPMode = iota // the address and port of the socket that will send
-	UDPZero                // zeros, as one that does not know them
-	UDPOff                 // the server is never asked: it carries no UDP
+	UDPOwn   UDPMode = iota // the address and port of the socket that will send
+	UDPZero                 // zeros, as one that does not know them
+	UDPOff                  // the server is never asked: it carries no UDP
+	UDPChain                // zeros; behind another server its relay is reached by that one's
 )
 
 // UDPUse is what becomes of UDP that a rule with servers decides.
@@ -150,10 +151,16 @@ func (c Chain) Protocol(i int, a Action) Action {
 	return Socks5
 }
 
-// CarriesUDP tells whether a rule of an action can ask the chain to carry UDP.
+// CarriesUDP tells whether a rule of an action can ask the chain to carry UDP:
+// by SOCKS version 5 at each hop, none behind TLS, and all but the first with
+// udp=chain.
 func (c Chain) CarriesUDP(a Action) bool {
-	p := c.Protocol(len(c)-1, a)
-	return len(c) == 1 && (p == Socks5 || p == Socks) && c[0].UDP != UDPOff && !c[0].TLS
+	for i, s := range c {
+		if p := c.Protocol(i, a); p != Socks5 && p != Socks || s.TLS || s.UDP == UDPOff || i > 0 && s.UDP != UDPChain {
+			return false
+		}
+	}
+	return true
 }
 
 // String returns the chain as the language writes it.
@@ -263,8 +270,7 @@ func (r *Rule) ActionFor(n flow.Network) Action {
 }
 
 // CarriesUDP tells whether the rule has a server that can be asked to carry
-// UDP: by SOCKS version 5, not behind another one or TLS, and not of udp=off.
-// What the server answers is another matter.
+// UDP; see Chain.CarriesUDP. What the server answers is another matter.
 func (r *Rule) CarriesUDP() bool {
 	a := r.ActionFor(flow.UDP)
 	return a.proxied() && slices.ContainsFunc(r.Servers, func(c Chain) bool { return c.CarriesUDP(a) })

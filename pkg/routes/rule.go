@@ -113,7 +113,8 @@ end:
 func (l *line) carries(r *Rule, at token, set map[string]token) {
 	v6 := slices.ContainsFunc(r.dest.prefixes, func(p netip.Prefix) bool { return p.Addr().Is6() && p.Bits() > 0 })
 	udp := r.Protocols == OnlyUDP && r.UDP == UDPSocks
-	chained := slices.IndexFunc(r.Servers, func(c Chain) bool { return len(c) > 1 })
+	_, bind := set["bind"]
+	tcpOnly := slices.IndexFunc(r.Servers, func(c Chain) bool { return len(c) > 1 && (bind || !c.CarriesUDP(r.Action)) })
 	switch r.Action {
 	case Socks4:
 		if r.ownName() {
@@ -130,21 +131,21 @@ func (l *line) carries(r *Rule, at token, set map[string]token) {
 			l.errorf(set["proto"], "E17", "%s cannot carry UDP", r.Action)
 		}
 	}
-	if bind, ok := set["bind"]; ok && r.Action == HTTP {
-		l.errorf(bind, "E18", "HTTP cannot carry bind")
+	if bind && r.Action == HTTP {
+		l.errorf(set["bind"], "E18", "HTTP cannot carry bind")
 	}
-	if _, bind := set["bind"]; chained >= 0 && (bind || udp) {
-		c := r.Servers[chained]
-		l.errorf(l.tokens[1], "E19", "chain %s: %s is reached through %s, and neither UDP nor BIND can be chained; TCP only", c, c[len(c)-1].Name, c[0].Name)
+	if tcpOnly >= 0 && (bind || udp) {
+		c := r.Servers[tcpOnly]
+		l.errorf(l.tokens[1], "E19", "chain %s: %s is reached through %s, and neither UDP nor BIND can be chained; TCP only, or UDP if all speak SOCKS5 without TLS and those behind the first say udp=chain", c, c[len(c)-1].Name, c[0].Name)
 	}
 	if t, stated := set["udp"]; stated && r.Action.proxied() && r.Protocols == OnlyTCP {
 		l.errorf(t, "E29", "udp= says nothing of a rule with proto=tcp")
-	} else if (r.Action == Socks5 || r.Action == Socks) && r.UDP == UDPSocks && len(r.Servers) > 0 && (chained < 0 || !udp) && !r.CarriesUDP() {
+	} else if (r.Action == Socks5 || r.Action == Socks) && r.UDP == UDPSocks && len(r.Servers) > 0 && (tcpOnly < 0 || !udp) && !r.CarriesUDP() {
 		if !stated {
 			t, stated = set["proto"], r.Protocols == OnlyUDP
 		}
 		if stated {
-			l.warnf(t, "W04", "no server of the rule carries UDP (udp=off, tls, a chain or another protocol), so that UDP is refused")
+			l.warnf(t, "W04", "no server of the rule carries UDP (udp=off, tls, a chain without udp=chain, or another protocol), so that UDP is refused")
 		}
 	}
 	for _, c := range r.Servers {

@@ -295,7 +295,7 @@ func (l *line) serverOptions(at token) *Server {
 }
 
 // udpWords spell the values of UDPMode.
-var udpWords = [...]string{"own", "zero", "off"}
+var udpWords = [...]string{"own", "zero", "off", "chain"}
 
 // serverWord returns which of the words a value is, the first if it is none.
 func (l *line) serverWord(t token, value string, words ...string) int {

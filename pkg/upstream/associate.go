@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/tproxyd/tproxyd/pkg/flow"
 	"github.com/tproxyd/tproxyd/pkg/socks"
 )
 
@@ -16,9 +17,10 @@ type UDPMode uint8
 
 // The modes.
 const (
-	UDPOwn  UDPMode = iota // the address and port of the socket that will send; some servers insist on it
-	UDPZero                // zeros; for a server behind an address translation
-	UDPOff                 // it is never asked
+	UDPOwn   UDPMode = iota // the address and port of the socket that will send; some servers insist on it
+	UDPZero                 // zeros; for a server behind an address translation
+	UDPChain                // zeros; behind another server its relay is reached by that one's relay
+	UDPOff                  // it is never asked
 )
 
 // PacketSocket is a UDP socket that an association sends by. *relay.Packet is
@@ -29,17 +31,24 @@ type PacketSocket interface {
 	Close() error
 }
 
-// Association is a server's UDP relay, for as long as the control connection
-// lives. Who gets one owns it.
+// Association is a server's UDP relay, for as long as the control connections
+// live. Who gets one owns it.
 type Association struct {
-	Control net.Conn     // what Options.Dial returned
-	Socket  PacketSocket // connected to Relay
-	Server  *Server      // that made it
-	Relay   netip.AddrPort
+	Control []net.Conn     // what Options.Dial returned: one for each server of the chain, the nearest first
+	Socket  PacketSocket   // connected to Relay
+	Server  *Server        // that made it
+	Relay   netip.AddrPort // of the nearest server
+	Hops    []flow.Target  // relays of the servers behind it: a datagram has a header for each of these, the nearest first, and then its own
 }
 
 // Close ends the association.
-func (a *Association) Close() error { return errors.Join(a.Control.Close(), a.Socket.Close()) }
+func (a *Association) Close() error {
+	err := a.Socket.Close()
+	for _, c := range a.Control {
+		err = errors.Join(err, c.Close())
+	}
+	return err
+}
 
 // ErrNoUDP says that a server carries no UDP, or that none of a list does.
 // Errors match it by errors.Is.
@@ -79,18 +88,23 @@ func (p *Pool) Associate(ctx context.Context, g *Group, r Request, preferred *Se
 }
 
 // lacksUDP says why a server need not be asked for UDP; empty: it may have it.
-// What a chain or TLS leads to has a relay that this host would have to reach
-// by another way.
+// What TLS leads to has a relay that would be reached in the clear, and what a
+// chain leads to one that this host cannot reach.
 func (s *Server) lacksUDP() string {
 	switch {
 	case s.UDP == UDPOff:
 		return "udp=off"
 	case s.Protocol != Socks5 && s.Protocol != SocksAny:
 		return "its protocol has none"
-	case s.Via != nil:
-		return "it is reached through " + s.Via.Name
 	case s.TLS != nil:
 		return "it is reached by TLS"
+	case s.Via == nil:
+		return ""
+	case s.UDP != UDPChain:
+		return "it is reached through " + s.Via.Name
+	}
+	if why := s.Via.lacksUDP(); why != "" {
+		return "by way of " + s.Via.Name + ": " + why
 	}
 	return ""
 }
@@ -112,6 +126,8 @@ func (p *Pool) associate(ctx context.Context, s *Server, h *health, soft time.Du
 		return nil, &noUDP{why: errors.New(why)}
 	case h.lacksUDP():
 		return nil, &noUDP{why: errors.New("it said so a moment ago")}
+	case s.Via != nil:
+		return p.associateThrough(ctx, s, h)
 	}
 	if conn, proto := h.takeWarm(s); conn != nil && proto == Socks5 {
 		// Of a connection that the server had given up the end says nothing.
@@ -152,7 +168,7 @@ func (p *Pool) associateOn(t *talk, s *Server, ask func(net.Conn, netip.AddrPort
 	if err != nil {
 		return nil, t.done(err)
 	}
-	a := &Association{Control: conn, Socket: socket, Server: s}
+	a := &Association{Control: []net.Conn{conn}, Socket: socket, Server: s}
 	err = t.step(time.Now().Add(o.HandshakeTimeout), "request", func() (err error) {
 		var from netip.AddrPort
 		if s.UDP == UDPOwn {
@@ -172,6 +188,83 @@ func (p *Pool) associateOn(t *talk, s *Server, ask func(net.Conn, netip.AddrPort
 		return nil, err
 	}
 	return a, nil
+}
+
+// associateThrough asks the last server of a chain for an association whose relay
+// is reached by that of the server before it: to the last one, what comes from
+// there comes from where it was asked.
+func (p *Pool) associateThrough(ctx context.Context, s *Server, h *health) (*Association, error) {
+	o := p.options.Load()
+	a, err := p.associateHop(ctx, s.Via)
+	if err != nil {
+		return nil, err
+	}
+	t, proto, err := p.ready(ctx, s, time.Now().Add(o.ConnectTimeout))
+	if err == nil && proto != Socks5 {
+		err = t.done(&noUDP{errors.New("it speaks SOCKS4"), true})
+	}
+	if err != nil {
+		a.Close()
+		return nil, err
+	}
+	var hop flow.Target
+	err = t.step(time.Now().Add(o.HandshakeTimeout), "request", func() (err error) {
+		hop, err = s.askRelay(t.conn)
+		return err
+	})
+	if err = t.done(err); err != nil {
+		a.Close()
+		return h.associates(nil, err)
+	}
+	a.Server, a.Hops, a.Control = s, append(a.Hops, hop), append(a.Control, t.conn)
+	return h.associates(a, nil)
+}
+
+// associateHop is associate for a server that others are behind.
+func (p *Pool) associateHop(ctx context.Context, s *Server) (*Association, error) {
+	h := p.of(s)
+	how, in, err := h.enter(true)
+	if !in {
+		return nil, &hopError{s, err}
+	}
+	a, err := p.associate(ctx, s, h, 0)
+	v := judge(err)
+	if v == fault && ctx.Err() != nil && !errors.Is(err, errSilent) {
+		v = unknown
+	}
+	h.leave(how, v, err)
+	switch {
+	case err == nil:
+		return a, nil
+	case errors.Is(err, ErrNoUDP), v == destination, v == incapable: // for a chain it has none, however well it is for TCP
+		return nil, &noUDP{&hopError{s, err}, v != unknown}
+	}
+	return nil, &hopError{s, err}
+}
+
+// askRelay asks s, on a greeted connection through the server before it, for an
+// association, and returns where that one has to send datagrams.
+func (s *Server) askRelay(conn net.Conn) (relay flow.Target, err error) {
+	zeros := netip.IPv4Unspecified()
+	if s.Addr.Addr().Is6() && s.Host == "" {
+		zeros = netip.IPv6Unspecified()
+	}
+	bnd, err := socks.AssociateGreeted(conn, netip.AddrPortFrom(zeros, 0))
+	if err != nil {
+		return relay, err
+	}
+	peer := s.Addr.Addr()
+	if s.Host != "" {
+		peer = bnd.Addr() // where the name leads is not known here
+	}
+	if bnd, err = relayAddr(bnd, peer); err != nil {
+		return relay, err
+	}
+	relay = flow.Target{Addr: bnd.Addr(), Port: bnd.Port()}
+	if !relay.Addr.IsValid() || relay.Addr.IsUnspecified() || s.Host != "" && relay.Addr.IsLoopback() {
+		relay.Name, relay.Addr = s.Host, netip.Addr{}
+	}
+	return relay, nil
 }
 
 // associates notes whether the server has UDP, by what it answered.

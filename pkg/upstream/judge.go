@@ -48,6 +48,13 @@ func judge(err error) verdict {
 			return unknown
 		}
 	}
+	var none *noUDP
+	if errors.As(err, &none) { // also of a server on the way
+		if none.asked {
+			return incapable
+		}
+		return unknown
+	}
 	var hop *hopError
 	if errors.As(err, &hop) {
 		if judge(hop.err) == unknown {
@@ -55,7 +62,6 @@ func judge(err error) verdict {
 		}
 		return fault
 	}
-	var none *noUDP
 	var silent *silentEnd
 	var v5 socks.Reply
 	var v4 socks.Reply4
@@ -63,11 +69,6 @@ func judge(err error) verdict {
 	switch {
 	case errors.Is(err, socks.ErrTooLong), errors.Is(err, socks.ErrNoIPv6), errors.Is(err, errNoIPv4):
 		return incapable // nothing was said to it
-	case errors.As(err, &none):
-		if none.asked {
-			return incapable
-		}
-		return unknown
 	case errors.As(err, &silent):
 		return unknown
 	case errors.As(err, &v5):

@@ -101,6 +101,9 @@ func (p *Pool) probeUDP(ctx context.Context, s *Server, proto Protocol) Ability 
 		}
 		return Ability{"udp", false, why}
 	}
+	if s.Via != nil {
+		return p.probeChainUDP(ctx, s)
+	}
 	t, _, err := p.probing(ctx, s)
 	if err != nil {
 		return ability("udp", err, "")
@@ -118,6 +121,24 @@ func (p *Pool) probeUDP(ctx context.Context, s *Server, proto Protocol) Ability 
 	a := ability("udp", err, "relay at "+relay.String())
 	a.Has = err == nil // a rule against it is not the destination's
 	return a
+}
+
+// probeChainUDP asks the servers of a chain, each for its relay.
+func (p *Pool) probeChainUDP(ctx context.Context, s *Server) Ability {
+	ctx, cancel := context.WithTimeout(ctx, 2*probeLimit)
+	defer cancel()
+	a, err := p.associate(ctx, s, p.of(s), 0)
+	if err != nil {
+		got := ability("udp", err, "")
+		got.Has = false
+		return got
+	}
+	defer a.Close()
+	relays := a.Relay.String()
+	for _, hop := range a.Hops {
+		relays += ", and by it at " + hop.String()
+	}
+	return Ability{"udp", true, "relay at " + relays}
 }
 
 func (p *Pool) probeBind(ctx context.Context, s *Server, proto Protocol) Ability {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -127,6 +128,67 @@ func TestChainMix(t *testing.T) {
 					atOnce(t, "a server is gone", time.Now(), w.wait(outsideAt+":80"))
 				}
 			}
+			if n, who := w.leaked(t); n != 0 {
+				t.Errorf("%d packets leaked:\n%s", n, who)
+			}
+		})
+	}
+}
+
+// TestChainUDP: datagrams of a client go through the relays of both servers of a
+// chain, those of one inside those of the other.
+//
+//	client --> gateway ==UDP==> socks1 ==UDP==> socks2 --> outside
+func TestChainUDP(t *testing.T) {
+	t.Parallel()
+	dante, v2ray := interopDante("none"), interopV2ray("socks", `"udp": true, "ip": "198.51.100.12"`)
+	for _, test := range []struct {
+		name     string
+		one, two func(testing.TB, *site) *process
+		sizes    []int
+	}{
+		{"danted > danted", dante, dante, []int{1, 1200, 1400, 9000}},
+		{"danted > v2ray", dante, v2ray, []int{1, 1200}},
+		{"ss-local > danted", interopShadowsocks, dante, []int{1, 1200}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.outside.udpServices(t, outsideAt, outsideAt6)
+			one, two := w.sites()
+			first, last := test.one(t, one), test.two(t, two)
+			d := serve(t, w.gateway, settings{routes: "SERVER one 198.51.100.11\nSERVER two 198.51.100.12 udp=chain\nSERVER tcp 198.51.100.12\n" +
+				"SOCKD5 @=one>tcp " + outsideAt + " eq 1111\nSOCKD5 @=one>two *\n"})
+			w.observe(t)
+
+			named := w.client.mustLookup(t, insideNS, "www.example.org", dns.TypeA).String()
+			for _, to := range []string{outsideAt, outsideAt6, named} {
+				c := w.client.connected(t, net.JoinHostPort(to, "7"))
+				for range 10 { // so that the flow has its own socket
+					for _, n := range test.sizes {
+						echoed(t, c, n)
+					}
+				}
+			}
+			b, err := say(w.client.connected(t, outsideAt+":2222"), []byte("who"), 5*time.Second)
+			if from, parsed := netip.ParseAddrPort(string(b)); err != nil || parsed != nil || from.Addr().String() != two.out[0] {
+				t.Errorf("the outside saw %q, want %s: %v", b, two.out[0], err)
+			}
+			refusedAtOnce(t, "a chain without udp=chain", w.client.connected(t, outsideAt+":1111"), 500*time.Millisecond)
+
+			// Without the last server, and without the first.
+			for _, p := range []*process{last, first} {
+				c := w.client.connected(t, outsideAt+":7")
+				if p == last {
+					echoed(t, c, 1)
+				}
+				p.kill()
+				eventually(t, 5*time.Second, "the end is noticed", func() bool {
+					_, err := say(c, []byte("x"), time.Second)
+					return refused(err)
+				})
+			}
+			eventually(t, 5*time.Second, "no association is left", func() bool { return d.metric(t, "tproxyd_udp_outlets") == 0 })
 			if n, who := w.leaked(t); n != 0 {
 				t.Errorf("%d packets leaked:\n%s", n, who)
 			}
