@@ -93,7 +93,7 @@ type option struct {
 
 func switchOn(fd int, options ...option) error {
 	for _, o := range options {
-		if err := unix.SetsockoptInt(fd, o.level, o.name, 1); err != nil {
+		if err := setsockoptInt(fd, o.level, o.name, 1); err != nil {
 			return fmt.Errorf("%s: %w", o.text, err)
 		}
 	}
@@ -149,7 +149,7 @@ func InboundInterface(fd int, local, remote netip.Addr) (int, error) {
 		return 0, fmt.Errorf("redirect: packet options: %w", err)
 	}
 	if v6 {
-		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, 0); err != nil {
+		if err := setsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, 0); err != nil {
 			return 0, fmt.Errorf("redirect: IPV6_RECVPKTINFO: %w", err)
 		}
 	}

@@ -91,7 +91,7 @@ func (m Marks) Control(network, address string, c syscall.RawConn) error {
 
 // MarkOwn gives a socket the Own mark, as Control does, by its descriptor.
 func (m Marks) MarkOwn(fd int) error {
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(m.Own())); err != nil {
+	if err := setsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(m.Own())); err != nil {
 		return fmt.Errorf("redirect: SO_MARK: %w", err)
 	}
 	return nil

@@ -170,13 +170,13 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 // CAP_NET_ADMIN of the host, else as much as net.core.rmem_max or wmem_max
 // allows.
 func buffer(fd, force, size int) error {
-	err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, size)
+	err := setsockoptInt(fd, unix.SOL_SOCKET, force, size)
 	if err == unix.EPERM {
 		plain := unix.SO_RCVBUF
 		if force == unix.SO_SNDBUFFORCE {
 			plain = unix.SO_SNDBUF
 		}
-		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, plain, size)
+		err = setsockoptInt(fd, unix.SOL_SOCKET, plain, size)
 	}
 	return os.NewSyscallError("setsockopt SO_RCVBUF, SO_SNDBUF", err)
 }

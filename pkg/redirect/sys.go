@@ -7,11 +7,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What x/sys/unix does not have in a form that allocates nothing.
+// What x/sys/unix does not have in a form that allocates nothing, or that does
+// not tell Go's scheduler: of calls that never sleep it need not know, and each
+// that it hears of after a moment of rest wakes the thread that looks after it,
+// which then looks every 20 µs for a while.
 
 func getsockopt(fd, level, name int, b *byte, n *uint32) error {
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name),
+	_, _, errno := unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name),
 		uintptr(unsafe.Pointer(b)), uintptr(unsafe.Pointer(n)), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+func setsockoptInt(fd, level, name, value int) error {
+	v := int32(value)
+	_, _, errno := unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name), uintptr(unsafe.Pointer(&v)), 4, 0)
 	if errno != 0 {
 		return errno
 	}

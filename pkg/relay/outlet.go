@@ -116,12 +116,23 @@ func (sh *shard) openOutlet(f *udpFlow, w *Way) {
 	}
 	ctx, cancel := context.WithCancel(sh.u.ctx)
 	o.cancel = cancel
-	sh.u.opening.Go(func() {
-		made, err := w.Open(ctx, first)
-		if !sh.post(func() { sh.opened(o, w, made, err) }) && err == nil {
-			made.close()
-		}
-	})
+	sh.openers.do(opening{ctx, o, w, first})
+}
+
+// opening is an outlet that is to be opened.
+type opening struct {
+	ctx   context.Context
+	o     *outlet
+	w     *Way
+	first any
+}
+
+// opens opens an outlet, on a goroutine of the crew.
+func (sh *shard) opens(p opening) {
+	made, err := p.w.Open(p.ctx, p.first)
+	if !sh.post(func() { sh.opened(p.o, p.w, made, err) }) && err == nil {
+		made.close()
+	}
 }
 
 func (m *Outlet) close() {

@@ -27,6 +27,8 @@ type shard struct {
 	brief    flowList // the same, of those that go by the shorter limit
 	sockets  int      // of outlets and flows
 
+	openers *crew[opening]
+
 	in      intake
 	out     burst
 	batch   [burstSize]flow.Datagram
@@ -54,6 +56,7 @@ type ref struct {
 
 func newShard(u *UDP, sources []flow.PacketSource) (*shard, error) {
 	sh := &shard{u: u, sources: sources, sessions: map[netip.AddrPort]*session{}, flows: map[flowKey]*udpFlow{}}
+	sh.openers = newCrew(&u.opening, sh.opens)
 	if err := sh.open(); err != nil {
 		return nil, err
 	}
@@ -115,6 +118,7 @@ func (sh *shard) leave() {
 	for _, f := range sh.flows {
 		sh.closeFlow(f)
 	}
+	sh.openers.end()
 	sh.release()
 }
 
