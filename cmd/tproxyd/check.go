@@ -52,8 +52,9 @@ FILE:LINE:COL: error E05: text. The exit status is 2 if there is an error.
 Warnings alone leave it 0.
 
 With --probe each server is also asked what it can do, over the network: to
-greet, to connect by name, IPv4 and IPv6, to carry UDP, to listen (BIND), and
-what it takes ahead of its answers. The exit status is 1 if one does not greet.`,
+greet, to authenticate, to connect by name, IPv4 and IPv6, to carry UDP, to listen
+(BIND), and what it takes ahead of its answers. The exit status is 1 if one does not
+greet, or does not let this client in.`,
 		Example: "  tproxyd check -c /etc/tproxyd/tproxyd.toml\n  tproxyd check -v --routes socks.cnf\n  tproxyd check --probe",
 		Args:    cobra.NoArgs,
 	}
@@ -88,18 +89,23 @@ func (e *env) probe(ctx context.Context, setup *daemon.Setup) error {
 	var silent []string
 	for _, s := range list {
 		for _, a := range s.Abilities {
-			has := "no "
-			if a.Has {
+			has := "no"
+			switch {
+			case a.Has:
 				has = "yes"
+			case a.Unclear:
+				has = "?"
 			}
-			fmt.Fprintf(e.stdout, "%-16s %-12s  %s  %s\n", s.Name, a.What, has, a.Answer)
+			fmt.Fprintf(e.stdout, "%-16s %-14s  %-3s  %s\n", s.Name, a.What, has, a.Answer)
 		}
 		if !s.Abilities[0].Has {
+			silent = append(silent, s.Name)
+		} else if a := s.Abilities[1]; a.What == "authentication" && !a.Has {
 			silent = append(silent, s.Name)
 		}
 	}
 	if silent != nil {
-		return &failure{fmt.Errorf("check: no greeting from: %s", strings.Join(silent, ", "))}
+		return &failure{fmt.Errorf("check: no greeting, or not this client's authentication: %s", strings.Join(silent, ", "))}
 	}
 	return nil
 }

@@ -113,6 +113,33 @@ func method(a *Auth) (byte, error) {
 	return methodUserPass, nil
 }
 
+// AskMethod offers every method of RFC 1928 and returns in words which one the
+// server picks: "none", "user name and password" or "GSSAPI". The connection is
+// of no use after that. Errors are those of Greet.
+func AskMethod(conn net.Conn) (string, error) {
+	var buf scratch
+	offer := []byte{methodNone, methodGSSAPI, methodUserPass}
+	if _, err := conn.Write(append([]byte{version5, byte(len(offer))}, offer...)); err != nil {
+		return "", err
+	}
+	b := buf[:2]
+	switch err := readFull(conn, b); {
+	case err != nil:
+		return "", err
+	case b[0] != version5:
+		return "", otherVersion(b[0])
+	}
+	switch b[1] {
+	case methodNone:
+		return "none", nil
+	case methodGSSAPI:
+		return "GSSAPI", nil
+	case methodUserPass:
+		return "user name and password", nil
+	}
+	return "", ErrNoAcceptableMethod
+}
+
 // SendAsk sends a CONNECT request on a greeted connection, and behind it, in the
 // same write, the first bytes of the flow; nil: none. ReadReply is next, and
 // until then more of the flow may be written if the server takes such.

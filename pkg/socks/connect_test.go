@@ -250,6 +250,27 @@ func TestConnectRefused(t *testing.T) {
 	}
 }
 
+func TestAskMethod(t *testing.T) {
+	for _, tt := range []struct {
+		server, want string
+		err          error
+	}{
+		{"05 00", "none", nil},
+		{"05 01", "GSSAPI", nil},
+		{"05 02", "user name and password", nil},
+		{"05 ff", "", ErrNoAcceptableMethod},
+		{"05 03", "", ErrNoAcceptableMethod},
+		{"04 00", "", ErrVersion},
+		{"05", "", io.ErrUnexpectedEOF},
+	} {
+		conn := &script{server: unhex(t, tt.server)}
+		got, err := AskMethod(conn)
+		if got != tt.want || !errors.Is(err, tt.err) || conn.trace[0] != "> 0503000102" {
+			t.Errorf("%s: %q, %v, want %q, %v; %v", tt.server, got, err, tt.want, tt.err, conn.trace)
+		}
+	}
+}
+
 // TestConnectBroken wants the connection's own errors back.
 func TestConnectBroken(t *testing.T) {
 	conn := &script{server: []byte{5}, end: syscall.ECONNRESET}

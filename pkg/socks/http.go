@@ -19,7 +19,8 @@ const (
 )
 
 // HTTPStatus is the status of a proxy's answer to CONNECT, if it is not 2xx (RFC
-// 9110 section 15). It is an error by itself; 407 is also ErrAuth.
+// 9110 section 15). It is an error by itself; 407 is also ErrAuth, and 401, which
+// some proxies say of a wrong password.
 type HTTPStatus int
 
 // Error returns the status in words.
@@ -32,7 +33,7 @@ func (s HTTPStatus) Error() string {
 
 // Is tells errors.Is of ErrAuth.
 func (s HTTPStatus) Is(target error) bool {
-	return target == ErrAuth && s == http.StatusProxyAuthRequired
+	return target == ErrAuth && (s == http.StatusProxyAuthRequired || s == http.StatusUnauthorized)
 }
 
 // ConnectHTTP asks the HTTP proxy on conn to connect to t (RFC 9110 section

@@ -98,6 +98,7 @@ const (
 	version5         = 5
 	versionAuth      = 1 // RFC 1929: of the sub-negotiation
 	methodNone       = 0
+	methodGSSAPI     = 1
 	methodUserPass   = 2
 	methodNoneFits   = 0xff
 	commandConnect   = 1

@@ -102,10 +102,11 @@ func FuzzReplies(f *testing.F) {
 		f.Add(unhex(f, s))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		longest := map[string]int{"greeting": 2, "greeting with authentication": 4, "reply": 4 + 1 + 255 + 2, "SOCKS4": 8}
+		longest := map[string]int{"greeting": 2, "methods": 2, "greeting with authentication": 4, "reply": 4 + 1 + 255 + 2, "SOCKS4": 8}
 		for what, read := range map[string]func(*script) error{
 			"greeting":                     func(c *script) error { return ReadGreeting(c, nil) },
 			"greeting with authentication": func(c *script) error { return ReadGreeting(c, alice) },
+			"methods":                      func(c *script) error { _, err := AskMethod(c); return err },
 			"reply":                        func(c *script) error { _, err := ReadReply(c); return err },
 			"SOCKS4":                       func(c *script) error { _, err := readReply4(c); return err },
 		} {

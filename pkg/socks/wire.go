@@ -53,13 +53,17 @@ func readMethod(r io.Reader, offered byte, buf *scratch) error {
 	}
 	switch {
 	case b[0] != version5:
-		return &ProtocolError{fmt.Sprintf("the server answers with version %d", b[0]), true}
+		return otherVersion(b[0])
 	case b[1] == methodNoneFits:
 		return ErrNoAcceptableMethod
 	case b[1] != offered:
 		return &ProtocolError{What: fmt.Sprintf("the server picks method %d, which was not offered", b[1])}
 	}
 	return nil
+}
+
+func otherVersion(v byte) error {
+	return &ProtocolError{fmt.Sprintf("the server answers with version %d", v), true}
 }
 
 // readStatus reads the answer to a user name and password. Some servers (early

@@ -49,6 +49,7 @@ type health struct {
 	carried    uint64
 	faults     uint64
 	noUDP      time.Time // until then it is not asked for UDP, which it does not have
+	noIPv6     time.Time // the same of IPv6 addresses
 	associated uint64
 
 	warm warm
@@ -338,6 +339,7 @@ type Status struct {
 	Faults       uint64  `json:"faults"`             // since the start
 	Associations uint64  `json:"associations"`       // for UDP, since the start
 	UDP          string  `json:"udp,omitempty"`      // "yes" or "no"; empty: nobody has asked lately
+	IPv6         string  `json:"ipv6,omitempty"`     // "no": it refused an IPv6 address lately, as one of a type that it does not know
 	Pipeline     string  `json:"pipeline,omitempty"` // what it is sent ahead: "off", "greeting" or "data"; empty: not known
 	Setup        float64 `json:"setup_seconds"`      // until it has greeted, smoothed; 0: not known
 	Warm         int     `json:"warm"`               // connections made ahead of need
@@ -362,6 +364,9 @@ func (p *Pool) Status(servers []*Server) []Status {
 			st.UDP = "no"
 		case h.associated > 0:
 			st.UDP = "yes"
+		}
+		if time.Now().Before(h.noIPv6) {
+			st.IPv6 = "no"
 		}
 		st.Pipeline = pipelineNames[h.ahead(s)]
 		h.mu.Unlock()

@@ -86,7 +86,7 @@ func judge(err error) verdict {
 		switch status {
 		case 403, 502, 504:
 			return destination
-		case 407:
+		case 401, 407:
 			return fault
 		}
 		return incapable

@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -31,6 +32,25 @@ func (h *health) aheadNow(s *Server) Pipeline {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.pipeline
+}
+
+// knowsIPv6 notes whether the server takes IPv6 addresses, by what one was
+// answered. One that does not is not asked for them for BadExpire.
+func (h *health) knowsIPv6(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case err == nil:
+		h.noIPv6 = time.Time{}
+	case errors.Is(err, socks.AddrTypeNotSupported) && !errors.As(err, new(*hopError)):
+		h.noIPv6 = time.Now().Add(h.p.options.Load().BadExpire)
+	}
+}
+
+func (h *health) lacksIPv6() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return time.Now().Before(h.noIPv6)
 }
 
 // halfTrip is half a round trip to s, as far as it is known.

@@ -14,9 +14,10 @@ import (
 
 // Ability is one thing that a server was asked for.
 type Ability struct {
-	What   string `json:"what"`   // "greeting", "connect name", "connect ipv4", "connect ipv6", "pipeline", "udp", "bind"
-	Has    bool   `json:"has"`    // it can do it
-	Answer string `json:"answer"` // what it answered, or what went wrong
+	What    string `json:"what"`              // "greeting", "authentication", "connect name", "connect ipv4", "connect ipv6", "pipeline", "udp", "bind"
+	Has     bool   `json:"has"`               // it can do it
+	Unclear bool   `json:"unclear,omitempty"` // its answer does not tell whether it can
+	Answer  string `json:"answer"`            // what it answered, or what went wrong
 }
 
 // probeLimit is for each thing that is asked.
@@ -25,15 +26,25 @@ const probeLimit = 5 * time.Second
 // Probe asks s for all that a server can do, and returns the answers. It is
 // asked to connect to Options.Probe, and for the kinds of address that that is
 // not, or without it, to itself; a refusal by the destination shows the ability
-// too. If s does not greet, that is the only answer.
+// too. If s does not greet, that is the only answer, and what authentication it
+// wants.
 func (p *Pool) Probe(ctx context.Context, s *Server) []Ability {
 	start := time.Now()
 	t, proto, err := p.probing(ctx, s)
 	list := []Ability{ability("greeting", err, fmt.Sprintf("%s, %v", proto, time.Since(start).Round(100*time.Microsecond)))}
 	if err != nil {
+		if errors.Is(err, socks.ErrNoAcceptableMethod) || errors.Is(err, socks.ErrAuth) {
+			list = append(list, p.probeAuth(ctx, s, err))
+		}
 		return list
 	}
 	t.done(errProbed)
+	switch proto {
+	case Socks5:
+		list = append(list, p.probeAuth(ctx, s, nil))
+	case HTTP:
+		list = append(list, p.probeAuthHTTP(ctx, s))
+	}
 	o := p.options.Load()
 	for _, kind := range []struct {
 		what string
@@ -52,7 +63,7 @@ func (p *Pool) Probe(ctx context.Context, s *Server) []Ability {
 	}
 	if proto == Socks5 {
 		got := p.learn(ctx, s, probeLimit)
-		list = append(list, Ability{"pipeline", got != PipelineOff, pipelineNames[got]})
+		list = append(list, Ability{What: "pipeline", Has: got != PipelineOff, Answer: pipelineNames[got]})
 	}
 	list = append(list, p.probeUDP(ctx, s, proto))
 	if proto != HTTP {
@@ -72,13 +83,72 @@ func (p *Pool) probing(ctx context.Context, s *Server) (*talk, Protocol, error) 
 // ability makes an answer of an error.
 func ability(what string, err error, done string) Ability {
 	if err == nil {
-		return Ability{what, true, done}
+		return Ability{What: what, Has: true, Answer: done}
 	}
 	text := err.Error()
 	for _, place := range []string{"upstream: ", "socks: "} {
 		text = strings.TrimPrefix(text, place)
 	}
-	return Ability{what, judge(err) == destination, text}
+	var status socks.HTTPStatus
+	return Ability{
+		What: what, Has: judge(err) == destination, Answer: text,
+		Unclear: errors.As(err, new(*silentEnd)) || errors.As(err, &status) && judge(err) == incapable || errors.Is(err, socks.GeneralFailure),
+	}
+}
+
+// probeAuth finds out how s wants clients to authenticate; refused is why it has
+// not greeted this one.
+func (p *Pool) probeAuth(ctx context.Context, s *Server, refused error) Ability {
+	const what = "authentication"
+	end := time.Now().Add(min(probeLimit, p.options.Load().ConnectTimeout))
+	conn, err := p.reach(ctx, s, end)
+	if err != nil {
+		return ability(what, err, "")
+	}
+	t := talkOn(ctx, conn)
+	defer t.done(errProbed)
+	var method string
+	err = t.step(end, "greeting", func() (err error) {
+		method, err = socks.AskMethod(conn)
+		return err
+	})
+	given := s.given()
+	a := Ability{What: what, Has: refused == nil, Answer: given}
+	switch {
+	case err != nil && refused == nil:
+		return a
+	case err != nil:
+		return ability(what, err, "")
+	case refused != nil && method == given:
+		a.Answer = "it wants " + method + ", and not this one"
+	case refused != nil:
+		a.Answer = "it wants " + method + "; given is " + given
+	case method != given:
+		a.Answer = given + "; if all are offered it picks " + method
+	}
+	return a
+}
+
+// given is how s is authenticated to.
+func (s *Server) given() string {
+	if s.Auth != nil {
+		return "user name and password"
+	}
+	return "none"
+}
+
+// probeAuthHTTP asks a proxy to connect to itself.
+func (p *Pool) probeAuthHTTP(ctx context.Context, s *Server) Ability {
+	const what = "authentication"
+	t, proto, err := p.probing(ctx, s)
+	if err == nil {
+		defer t.done(errProbed)
+		_, err = p.request(t, proto, s, Request{To: s.target()}, PipelineOff, probeLimit)
+	}
+	if errors.Is(err, socks.ErrAuth) {
+		return ability(what, err, "")
+	}
+	return Ability{What: what, Has: true, Answer: s.given()} // whatever else it says
 }
 
 func (p *Pool) probeConnect(ctx context.Context, s *Server, what string, to flow.Target) Ability {
@@ -89,7 +159,7 @@ func (p *Pool) probeConnect(ctx context.Context, s *Server, what string, to flow
 	defer t.done(errProbed)
 	_, err = p.request(t, proto, s, Request{To: to}, PipelineOff, probeLimit)
 	if errors.Is(err, errNeedsAddress) {
-		return Ability{what, false, "SOCKS4 takes no names: they are resolved here"}
+		return Ability{What: what, Answer: "SOCKS4 takes no names: they are resolved here"}
 	}
 	return ability(what, err, "done")
 }
@@ -99,7 +169,7 @@ func (p *Pool) probeUDP(ctx context.Context, s *Server, proto Protocol) Ability 
 		if why == "" {
 			why = "it speaks SOCKS4"
 		}
-		return Ability{"udp", false, why}
+		return Ability{What: "udp", Answer: why}
 	}
 	if s.Via != nil {
 		return p.probeChainUDP(ctx, s)
@@ -119,7 +189,7 @@ func (p *Pool) probeUDP(ctx context.Context, s *Server, proto Protocol) Ability 
 		relay, err = relayAddr(relay, addrPort(conn.RemoteAddr()).Addr())
 	}
 	a := ability("udp", err, "relay at "+relay.String())
-	a.Has = err == nil // a rule against it is not the destination's
+	a.Has, a.Unclear = err == nil, false // a rule against it is not the destination's
 	return a
 }
 
@@ -130,7 +200,7 @@ func (p *Pool) probeChainUDP(ctx context.Context, s *Server) Ability {
 	a, err := p.associate(ctx, s, p.of(s), 0)
 	if err != nil {
 		got := ability("udp", err, "")
-		got.Has = false
+		got.Has, got.Unclear = false, false
 		return got
 	}
 	defer a.Close()
@@ -138,7 +208,7 @@ func (p *Pool) probeChainUDP(ctx context.Context, s *Server) Ability {
 	for _, hop := range a.Hops {
 		relays += ", and by it at " + hop.String()
 	}
-	return Ability{"udp", true, "relay at " + relays}
+	return Ability{What: "udp", Has: true, Answer: "relay at " + relays}
 }
 
 func (p *Pool) probeBind(ctx context.Context, s *Server, proto Protocol) Ability {
@@ -163,6 +233,6 @@ func (p *Pool) probeBind(ctx context.Context, s *Server, proto Protocol) Ability
 		return ended(err)
 	})
 	a := ability("bind", err, "listens at "+bound.String())
-	a.Has = err == nil
+	a.Has, a.Unclear = err == nil, false
 	return a
 }

@@ -172,7 +172,8 @@ func TestInterop(t *testing.T) {
 	for _, row := range interopServers {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			r, _ := newInteropRun(t, row, false)
+			r, d := newInteropRun(t, row, false)
+			t.Run("check --probe", func(t *testing.T) { r.probe(t, d, row) })
 			r.try(t, row.name)
 		})
 	}
