@@ -23,6 +23,7 @@ import (
 	"github.com/tproxyd/tproxyd/internal/config"
 	"github.com/tproxyd/tproxyd/internal/control"
 	"github.com/tproxyd/tproxyd/internal/gateway"
+	"github.com/tproxyd/tproxyd/internal/watch"
 	"github.com/tproxyd/tproxyd/pkg/fakedns"
 	"github.com/tproxyd/tproxyd/pkg/redirect"
 	"github.com/tproxyd/tproxyd/pkg/relay"
@@ -57,6 +58,7 @@ type Daemon struct {
 	gateway *gateway.Gateway
 	socket  net.Listener // control
 	metrics net.Listener // nil: not asked for
+	watcher *watch.Watcher
 
 	admitting sync.RWMutex // writers: a reload, which must not lose an address admitted meanwhile
 
@@ -90,6 +92,8 @@ func (d *Daemon) open() (err error) {
 	if err := d.inside(func() error { return d.listen(part("redirect")) }); err != nil {
 		return err
 	}
+	d.watcher = watch.New(watch.Options{Log: part("watch")})
+	d.watcher.Set(d.setup.lists)
 	plan, err := d.setup.plan()
 	if err != nil {
 		return err
@@ -234,6 +238,7 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 		task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })
 	}
 	task("memory", d.giveBack)
+	task("lists", d.watchLists)
 	task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })
 
 	if s.Ready != nil {
@@ -281,6 +286,9 @@ func (d *Daemon) release(keep bool) {
 		if err := d.kernel.Close(keep); err != nil {
 			d.log.Error("the kernel's table", "err", err)
 		}
+	}
+	if d.watcher != nil {
+		d.watcher.Close()
 	}
 	for _, ln := range []net.Listener{d.socket, d.metrics} {
 		if ln != nil {

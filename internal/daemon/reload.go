@@ -46,6 +46,11 @@ func (d *Daemon) reload() error {
 	if err := d.setup.changeable(next); err != nil {
 		return err
 	}
+	return d.put(next)
+}
+
+// put puts what next says in force, or changes nothing and says why.
+func (d *Daemon) put(next *Setup) error {
 	plan, err := next.plan()
 	if err != nil {
 		return err
@@ -55,6 +60,7 @@ func (d *Daemon) reload() error {
 	if next.enclosure != nil { // the kernel's plan is the same for all rules
 		d.follow(next, plan)
 		d.setup = next
+		d.watcher.Set(next.lists)
 		return nil
 	}
 	kernel := kernelPlan(next, d.ports())
@@ -75,6 +81,7 @@ func (d *Daemon) reload() error {
 	}
 	d.setup = next
 	d.noteDecided(next)
+	d.watcher.Set(next.lists)
 	return nil
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/tproxyd/tproxyd/internal/config"
 	"github.com/tproxyd/tproxyd/internal/gateway"
+	"github.com/tproxyd/tproxyd/internal/watch"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 	"github.com/tproxyd/tproxyd/pkg/socks"
 )
@@ -24,6 +25,7 @@ type Setup struct {
 	Table       *routes.Table // nil only from LoadClosed
 	credentials config.Credentials
 	host        hostDNS
+	lists       map[string]watch.State // the files of LISTs, as they were read
 
 	credentialDir string     // where Load was told to look for credentials
 	enclosure     *Enclosure // nil: flows of this host and of its interfaces
@@ -38,7 +40,8 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if c == nil || slices.ContainsFunc(diags, func(d routes.Diagnostic) bool { return d.Code == "T01" }) {
 		return nil, diags // it does not tell where the other files are
 	}
-	t, more := routes.ParseFile(c.Routes, routes.Options{})
+	o := opened{}
+	t, more := routes.ParseFile(c.Routes, routes.Options{Open: o.open})
 	diags = append(diags, more...)
 	creds, more := config.LoadCredentials(c.Credentials, credentialDir)
 	diags = append(diags, more...)
@@ -57,7 +60,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if c.Intercept.DNS {
 		diags = append(diags, rulesOfPort53(t)...)
 	}
-	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir}, diags
+	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t)}, diags
 }
 
 // missingCredentials reports the servers whose credentials nobody knows.

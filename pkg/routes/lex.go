@@ -2,6 +2,7 @@ package routes
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"hash"
@@ -54,6 +55,14 @@ type reader struct {
 	stack      []string // files being read, the outermost first
 	files      int
 	sum        hash.Hash
+	sources    []source // all that was read, in order
+	again      []source // what is read in place of files, in order; see Table.Reread
+}
+
+// source is a file of rules as it was read.
+type source struct {
+	path string
+	text []byte
 }
 
 // file reads path into statements. At is where its name was written.
@@ -72,6 +81,12 @@ func (r *reader) file(path string, at func(code, format string, args ...any)) {
 		at("E24", "more than %d files", maxFiles)
 		return
 	}
+	if len(r.again) > 0 {
+		next := r.again[0]
+		r.again = r.again[1:]
+		r.read(next.path, bytes.NewReader(next.text))
+		return
+	}
 	f, err := r.open(path)
 	if err != nil {
 		at("E24", "%v", readError(path, err))
@@ -85,7 +100,11 @@ func (r *reader) file(path string, at func(code, format string, args ...any)) {
 func (r *reader) read(path string, in io.Reader) {
 	r.stack = append(r.stack, path)
 	defer func() { r.stack = r.stack[:len(r.stack)-1] }()
-	br := bufio.NewReaderSize(in, maxLine+2)
+	n := len(r.sources)
+	r.sources = append(r.sources, source{path: path})
+	var kept bytes.Buffer
+	defer func() { r.sources[n].text = kept.Bytes() }()
+	br := bufio.NewReaderSize(io.TeeReader(in, &kept), maxLine+2)
 	var s *statement // continued by the next line; nil: none
 	for line := 1; ; line++ {
 		text, err := readLine(br)

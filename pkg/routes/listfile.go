@@ -30,6 +30,9 @@ func (l *line) listFile(t token, path string, into *list) {
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(filepath.Dir(l.file), path)
 	}
+	if !slices.Contains(l.files, path) {
+		l.files = append(l.files, path)
+	}
 	f, err := l.open(path)
 	if err != nil {
 		l.errorf(t, "E24", "%v", readError(path, err))

@@ -1,6 +1,7 @@
 package routes
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"fmt"
@@ -39,6 +40,20 @@ func Parse(path string, r io.Reader, o Options) (*Table, Diagnostics) {
 	p.reader.read(path, r)
 	return p.table()
 }
+
+// Reread reads the files of the LISTs again, and nothing else: the Table that it
+// returns has the rules of t as they were read, whatever their own files hold by
+// now. It is nil if there is an error among the diagnostics.
+func (t *Table) Reread(o Options) (*Table, Diagnostics) {
+	p := newParser(o)
+	p.reader.again = t.sources[1:]
+	p.reader.read(t.sources[0].path, bytes.NewReader(t.sources[0].text))
+	return p.table()
+}
+
+// ListFiles returns the paths of the files that LISTs name, each once, as they
+// were opened. The slice must not be changed.
+func (t *Table) ListFiles() []string { return t.listFiles }
 
 // collector takes diagnostics in whatever order they are found and returns
 // them in the order of the statements that they are about.
@@ -92,6 +107,7 @@ type parser struct {
 	servers []*Server          // these and those that rules spell out
 	inline  map[string]*Server
 	lists   map[string]*list
+	files   []string // of lists, each once
 
 	rules         []*Rule
 	defaultRule   *Rule

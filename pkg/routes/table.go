@@ -28,12 +28,15 @@ type Table struct {
 
 	firstDirectName int // index of the first rule that makes a name of its own DIRECT
 	sum             [sha256.Size]byte
+	sources         []source // see Reread
+	listFiles       []string
 }
 
 // build makes the Table of what was parsed.
 func (p *parser) build() *Table {
 	t := &Table{
 		servers: p.servers, proxyName: p.proxyName, resolves: p.resolves, limits: p.limits, health: p.health,
+		sources: p.reader.sources, listFiles: p.files,
 	}
 	last := p.defaultRule
 	if last == nil {

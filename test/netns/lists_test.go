@@ -94,6 +94,70 @@ func TestReloadOfBigLists(t *testing.T) {
 	}
 }
 
+// TestListsAreFollowed: a list that is written anew is in force a moment later,
+// however it was written; one with a mistake is not, and the log says why. The
+// rules around it are those that were read.
+func TestListsAreFollowed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	h := w.gateway
+	h.file(t, "list", "first.example\n", 0o644)
+	d := serve(t, h, settings{routes: "LIST ads file=list\nDENY $ads reject=dns-nxdomain\nSOCKD5 @=198.51.100.11 *\n"})
+	follows := func(what, denied string) {
+		t.Helper()
+		eventually(t, 10*time.Second, what+": "+denied+" is denied", func() bool { return w.answer(t, denied) == "NXDOMAIN" })
+	}
+	follows("at the start", "first.example")
+	d.routes(t, "DENY * reject=dns-refused\n") // somebody is at it, and has not asked for a reload
+
+	h.file(t, "list", "written.example\n", 0o644)
+	follows("written over", "written.example")
+	if got := w.answer(t, "first.example"); got != "pool" {
+		t.Errorf("a name that is no longer in the list is %s", got)
+	}
+	h.file(t, "new", "renamed.example\n", 0o644)
+	h.must(t, os.Rename(h.dir+"/new", h.dir+"/list"))
+	follows("renamed over", "renamed.example")
+
+	f, err := os.Create(h.dir + "/list")
+	h.must(t, err)
+	_, err = f.WriteString("slow.example\n")
+	h.must(t, err)
+	time.Sleep(time.Second)
+	if got := w.answer(t, "renamed.example"); got != "NXDOMAIN" {
+		t.Errorf("half of a list is in force: %s", got)
+	}
+	_, err = f.WriteString("end.example\n")
+	h.must(t, err)
+	h.must(t, f.Close())
+	follows("written slowly", "end.example")
+
+	done := d.metric(t, `tproxyd_reloads_total{result="done"}`)
+	h.file(t, "list", "good.example\nbad..example\nx y*\n", 0o644)
+	eventually(t, 10*time.Second, "the log says what is wrong", func() bool {
+		return strings.Contains(d.output(), "list:2:1: error E26") && strings.Contains(d.output(), "list:3:3: error E26")
+	})
+	h.must(t, os.Remove(h.dir+"/list"))
+	eventually(t, 10*time.Second, "the log says that it is gone", func() bool { return strings.Contains(d.output(), "list: no such file") })
+	if got := w.answer(t, "end.example"); got != "NXDOMAIN" {
+		t.Errorf("the list before is not in force any longer: %s", got)
+	}
+	if n := d.metric(t, `tproxyd_reloads_total{result="done"}`) - done; n != 0 {
+		t.Errorf("%v reloads by a list with mistakes", n)
+	}
+	if n := d.metric(t, `tproxyd_reloads_total{result="refused"}`); n != 2 {
+		t.Errorf("%v refusals, want 2", n)
+	}
+	h.file(t, "list", "again.example\n", 0o644)
+	follows("put right", "again.example")
+
+	// A reload reads all files.
+	d.reload(t)
+	if got := w.answer(t, "other.example"); got != "REFUSED" {
+		t.Errorf("after a reload: %s", got)
+	}
+}
+
 // status returns a figure of /proc/PID/status, in KB.
 func (d *daemon) status(t testing.TB, key string) (n int) {
 	t.Helper()
