@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -127,38 +128,68 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestNoSecrets: a password is in no output, whether the server took it or not.
+// TestNoSecrets: a password is in no output, nor where other users of the host can
+// read, whether it is from the file or from systemd and the server took it or not.
 func TestNoSecrets(t *testing.T) {
 	t.Parallel()
-	const wrong = "sword & fish"
+	const wrong, systemd = "sword & fish", "from systemd"
 	w := newWorld(t)
-	for _, h := range []*host{w.socks1, w.socks2} {
-		p := h.start(t, command{args: []string{tool(t, "microsocks"), "-i", "::", "-p", "1080", "-u", "int", "-P", password}})
+	for h, p := range map[*host]string{w.socks1: password, w.socks2: systemd} {
+		p := h.start(t, command{args: []string{tool(t, "microsocks"), "-i", "::", "-p", "1080", "-u", "int", "-P", p}})
 		waitPort(t, h, "127.0.0.1:1080", p.output)
 	}
-	d := serve(t, w.gateway, settings{args: []string{"--log-level", "debug"},
+	dir := w.gateway.dir + "/systemd" // as LoadCredential= makes it
+	w.gateway.must(t, os.Mkdir(dir, 0o700))
+	w.gateway.must(t, os.WriteFile(dir+"/service", fmt.Appendf(nil, "username = \"int\"\npassword = %q\n", systemd), 0o400))
+	d := serve(t, w.gateway, settings{args: []string{"--log-level", "debug"}, env: []string{"CREDENTIALS_DIRECTORY=" + dir},
 		credentials: fmt.Sprintf("[right]\nusername = \"int\"\npassword = %q\n[wrong]\nusername = \"int\"\npassword = %q\n", password, wrong),
 		routes: `SERVER one 198.51.100.11 auth=userpass credential=right
 SERVER two 198.51.100.12 auth=userpass credential=wrong
+SERVER three 198.51.100.12 credential=service
 SOCKD5 @=two * 81
+SOCKD5 @=three * 82
 SOCKD5 @=two,one *
 `})
 	w.client.curl(t, "http://www.example.org/secret").fetched(t, socks1Out, socks1Out6, socks1At)
 	w.client.curl(t, "http://www.example.org:81/secret").refused(t)
-	d.reload(t)
+	w.outside.answerTCP(t, outsideAt+":82", whoTCP)
+	for range 2 {
+		if from, c, err := w.carrier(outsideAt + ":82"); err != nil || from != socks2Out {
+			t.Errorf("by the credential of systemd: %q %v", from, err)
+		} else {
+			defer c.Close() // which flows shows
+		}
+		d.reload(t)
+	}
 	outputs := map[string]string{"log": d.output(), "/status": d.ask(t, "/status"), "/metrics": d.ask(t, "/metrics")}
+	for _, file := range []string{"cmdline", "environ"} {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", d.pid(), file))
+		w.gateway.must(t, err)
+		outputs[file] = string(b)
+	}
+	files, err := os.ReadDir(d.set.state)
+	w.gateway.must(t, err)
+	for _, f := range files {
+		b, err := os.ReadFile(d.set.state + "/" + f.Name())
+		w.gateway.must(t, err)
+		outputs[f.Name()] = string(b)
+	}
 	for _, args := range [][]string{
 		{"status", "-c", d.config}, {"check", "-v", "-c", d.config},
 		{"explain", "-c", d.config, "www.example.org:80"}, {"explain", "-c", d.config, "--json", "www.example.org:80"},
+		{"flows", "-c", d.config}, {"flows", "-c", d.config, "--json"}, {"check", "--probe", "-c", d.config},
 	} {
-		r := d.cli(t, args...).ok(t)
+		r := d.cli(t, args...)
+		if args[1] != "--probe" { // of a server that does not let us in
+			r.ok(t)
+		}
 		outputs[strings.Join(args, " ")] = r.out + r.err
 	}
 	if !strings.Contains(outputs["log"], "upstream") || !strings.Contains(outputs["/status"], "198.51.100.12") {
 		t.Errorf("the outputs are not about these servers:\n%v", outputs)
 	}
 	for what, text := range outputs {
-		for _, secret := range []string{password, wrong} {
+		for _, secret := range []string{password, wrong, systemd} {
 			for _, spelling := range []string{secret, url.QueryEscape(secret), url.PathEscape(secret), base64.StdEncoding.EncodeToString([]byte(secret)),
 				fmt.Sprintf("%x", secret), fmt.Sprint([]byte(secret))} {
 				if strings.Contains(text, spelling) {

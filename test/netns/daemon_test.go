@@ -65,6 +65,7 @@ type settings struct {
 	metrics     string   // address; empty: only on the control socket
 	args        []string // of serve, after the usual ones
 	trust       string   // a file of certificates; empty: the system's
+	env         []string // of serve and of the commands, added to the environment
 }
 
 // daemon is tproxyd on a host, running or not.
@@ -161,10 +162,15 @@ func (d *daemon) start(t testing.TB) {
 // launch starts `serve` and waits for nothing.
 func (d *daemon) launch(t testing.TB, env ...string) {
 	t.Helper()
-	if d.set.trust != "" {
-		env = append(env, "SSL_CERT_FILE="+d.set.trust)
+	d.process = d.host.start(t, command{args: append([]string{d.bin, "serve", "-c", d.config}, d.set.args...), env: append(env, d.env()...)})
+}
+
+// env is what serve and the commands find in their environment.
+func (d *daemon) env() []string {
+	if d.set.trust == "" {
+		return d.set.env
 	}
-	d.process = d.host.start(t, command{args: append([]string{d.bin, "serve", "-c", d.config}, d.set.args...), env: env})
+	return append([]string{"SSL_CERT_FILE=" + d.set.trust}, d.set.env...)
 }
 
 // stop ends the daemon as systemd does and fails the test unless it exits
@@ -181,7 +187,7 @@ func (d *daemon) stop(t testing.TB) {
 // cli runs a command of the binary on the daemon's host.
 func (d *daemon) cli(t testing.TB, args ...string) result {
 	t.Helper()
-	return d.host.run(t, command{args: append([]string{d.bin}, args...)})
+	return d.host.run(t, command{args: append([]string{d.bin}, args...), env: d.env()})
 }
 
 // reload runs `reload` and fails the test unless it worked.

@@ -27,7 +27,7 @@ var interopProbes = map[string]string{
 // probe has the gateway ask the server what it can do, without the daemon. One
 // that is given another secret does not greet, and says so.
 func (r *interopRun) probe(t *testing.T, d *daemon, row interopServer) {
-	out := d.host.run(t, command{args: []string{d.bin, "check", "--probe", "-c", d.config}, env: []string{"SSL_CERT_FILE=" + d.set.trust}})
+	out := d.cli(t, "check", "--probe", "-c", d.config)
 	letters := map[string]string{
 		"greeting": "g", "authentication": "a", "connect name": "N", "connect ipv4": "4", "connect ipv6": "6", "pipeline": "P", "udp": "U", "bind": "B",
 	}
