@@ -27,12 +27,13 @@ var rooms = map[string]room{
 
 	"internal/config":      {own: []string{"pkg/routes", "pkg/redirect"}, libs: []string{"github.com/pelletier/go-toml", "github.com/BurntSushi/toml"}},
 	"internal/control":     {},
+	"internal/handover":    {libs: []string{"golang.org/x/sys"}},
 	"internal/netns":       {libs: []string{"golang.org/x/sys", "github.com/vishvananda"}},
 	"internal/watch":       {libs: []string{"golang.org/x/sys"}},
 	"internal/socksserver": {own: []string{"pkg/flow", "pkg/socks"}},
 	"internal/gateway":     {own: []string{"pkg"}},
 	"internal/daemon": {
-		own:  []string{"pkg", "internal/config", "internal/control", "internal/gateway", "internal/watch"},
+		own:  []string{"pkg", "internal/config", "internal/control", "internal/gateway", "internal/handover", "internal/watch"},
 		libs: []string{"github.com/coreos/go-systemd", "github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync", "golang.org/x/sys"},
 	},
 	"cmd/tproxyd": {
