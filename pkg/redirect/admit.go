@@ -159,7 +159,7 @@ func (s *admissions) elements(es []admission, now time.Time) []setElements {
 func (r *Redirect) Admit(a []Admission) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.plan == nil {
+	if r.plan == nil || r.lent {
 		return errNotApplied
 	}
 	now := time.Now()
@@ -211,14 +211,20 @@ func (r *Redirect) admitMessages(sets []setElements) ([]netlink.Message, error) 
 }
 
 // Admitted returns what the kernel lets pass because of Admit at this moment,
-// with the time that is left, addresses in use included. It is what a caller
+// with the time that is left, addresses in use included; before the first Apply,
+// what a Redirect before this one has left. It is what a caller
 // looks through whose rules have changed, to Readmit what is still DIRECT.
 func (r *Redirect) Admitted() ([]Admission, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.plan == nil {
+	if r.lent || r.plan == nil && !r.recalled {
 		return nil, errNotApplied
 	}
+	return r.inKernel()
+}
+
+// inKernel is Admitted with the lock held.
+func (r *Redirect) inKernel() ([]Admission, error) {
 	longest := map[admission]time.Duration{}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {

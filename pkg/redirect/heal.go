@@ -174,7 +174,7 @@ func (r *Redirect) heal(e *event) []string {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed || r.plan == nil {
+	if r.closed || r.lent || r.plan == nil {
 		return nil
 	}
 	var did []string

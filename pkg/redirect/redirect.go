@@ -30,6 +30,10 @@ type Options struct {
 	// change anything: what the kernel does at the end of an owner takes it
 	// some ten milliseconds.
 	NoOwner bool
+
+	// Taken is the hold of a process whose place this one takes; it stays the
+	// caller's. nil: nobody has the table, or it is an error.
+	Taken *Hold
 }
 
 // Redirect has the table and the routing of a network namespace in hand. Its
@@ -50,6 +54,8 @@ type Redirect struct {
 	alive    Marks  // of the table of that name; zero: there is none
 	healed   Healed
 	made     bool // there was no table before Open
+	recalled bool // the table was there, and can be read
+	lent     bool // another process uses the hold
 	closed   bool
 }
 
@@ -65,10 +71,15 @@ func Open(o Options) (*Redirect, error) {
 	}
 	r.admitted.clear()
 	var err error
-	if r.nf, err = dialNfnl(); err != nil {
-		return nil, err
+	if o.Taken != nil {
+		err = r.take(o.Taken)
+	} else {
+		r.nf, err = dialNfnl()
 	}
-	if r.policy, err = dialPolicy(); err == nil {
+	if err == nil {
+		r.policy, err = dialPolicy()
+	}
+	if err == nil {
 		r.interfaces, err = dialInterfaces()
 	}
 	if err == nil {
@@ -79,6 +90,9 @@ func Open(o Options) (*Redirect, error) {
 	}
 	if err != nil {
 		r.release()
+		if r.interfaces != nil {
+			r.interfaces.close()
+		}
 		return nil, err
 	}
 	return r, nil
@@ -98,8 +112,10 @@ func (r *Redirect) claim(noOwner bool) error {
 		}
 		exists := err == nil
 		switch err = r.nf.commit([]netlink.Message{newTableMessage(flagOwner | flagPersist)}); {
+		case err == nil && exists:
+			return r.recall()
 		case err == nil:
-			r.made = !exists
+			r.made = true
 			return nil
 		case errors.Is(err, unix.EPERM) && info.flags&flagOwner != 0:
 			return ErrInUse
@@ -114,7 +130,9 @@ func (r *Redirect) claim(noOwner bool) error {
 }
 
 func (r *Redirect) claimLock() (err error) {
-	r.lock, err = takeLock()
+	if r.lock == nil { // it was not handed over
+		r.lock, err = takeLock()
+	}
 	return err
 }
 
@@ -128,7 +146,7 @@ func (r *Redirect) Apply(p Plan) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
+	if r.closed || r.lent {
 		return net.ErrClosed
 	}
 	before := r.plan
@@ -346,6 +364,7 @@ func (r *Redirect) Close(keep bool) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed {
+		r.interfaces.close() // after Release; else it is again
 		return nil
 	}
 	var err error
@@ -362,9 +381,11 @@ func (r *Redirect) Close(keep bool) error {
 		err = r.apply(&closed)
 	}
 	r.release()
+	r.interfaces.close()
 	return err
 }
 
+// release closes all but interfaces.
 func (r *Redirect) release() {
 	r.closed, r.plan = true, nil
 	if r.monitor != nil {
@@ -373,13 +394,12 @@ func (r *Redirect) release() {
 	if r.policy != nil {
 		r.policy.close()
 	}
-	if r.interfaces != nil {
-		r.interfaces.close()
-	}
 	if r.lock != nil {
 		r.lock.Close()
 	}
-	r.nf.close()
+	if r.nf != nil {
+		r.nf.close()
+	}
 }
 
 // Remove takes everything of ours out of the network namespace that the calling
@@ -443,7 +463,7 @@ type Counters struct {
 func (r *Redirect) Counters() (Counters, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
+	if r.closed || r.lent {
 		return Counters{}, net.ErrClosed
 	}
 	n, err := r.nf.counters()
