@@ -37,6 +37,7 @@ type pool struct {
 	pending []byte // records of the batch under way, not in the file yet
 	since   []byte // records since renew took its dump; nil: it is not under way
 	dirty   bool   // something is in the file that is not on the disk
+	lent    bool   // another Server gives the addresses
 	stats   PoolStats
 
 	start time.Time     // when the pool was opened
@@ -123,14 +124,20 @@ func openPool(o *Options) (*pool, error) {
 	p.t = newTable(limit, most)
 	p.stats.Max = most
 
-	if o.Dir == "" {
-		return p, nil
+	var content []byte
+	var err error
+	switch {
+	case o.Dir == "" && o.Taken != nil:
+		content = o.Taken.content()
+	case o.Dir == "":
+	case o.Taken != nil:
+		p.s, content, err = takeStore(o.Dir, o.Taken)
+	default:
+		p.s, content, err = openStore(o.Dir)
 	}
-	s, content, err := openStore(o.Dir)
 	if err != nil {
 		return nil, err
 	}
-	p.s = s
 	good := p.t.load(content)
 	if good < len(content) {
 		p.log.Warn("dropped the damaged end of the file of names", "bytes", len(content)-good)
@@ -140,7 +147,12 @@ func openPool(o *Options) (*pool, error) {
 	for p.t.size > p.t.max {
 		p.t.evict(p.t.oldest, at)
 	}
-	p.renew() // of the content only what was good goes on
+	if p.s == nil {
+		return p, nil
+	}
+	if p.s.file == nil {
+		p.renew() // of the content only what was good goes on
+	}
 	p.wg.Go(p.housekeep)
 	return p, nil
 }
@@ -162,6 +174,9 @@ func (p *pool) index(name []byte) (uint32, error) {
 	}
 	if len(name) == 0 || len(name) > 255 {
 		return 0, fmt.Errorf("fakedns: a name of %d bytes", len(name))
+	}
+	if p.lent {
+		return 0, errLent
 	}
 	at := p.now()
 	if t.size >= t.max {
@@ -324,6 +339,9 @@ func (p *pool) renew() {
 }
 
 func (p *pool) close() error {
+	if p.lent {
+		p.release()
+	}
 	if p.s == nil {
 		return nil
 	}

@@ -4,11 +4,10 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"net/netip"
-	"strings"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,6 +40,7 @@ type Asker struct {
 type Options struct {
 	Pool4, Pool6 netip.Prefix  // synthetic addresses; the zero value: none of this family
 	Dir          string        // of the file of names; empty: they end with the Server
+	Taken        *Handover     // of the Server whose place this one takes, with the same pools and Dir; nil: there is none
 	TTL          time.Duration // of synthetic answers; 0: 1 min
 	Max          int           // names at most; 0: 7/8 of the smaller pool, at most 1<<20
 	Quarantine   time.Duration // how long nobody gets the address of a name that lost it; 0: 1 h
@@ -84,6 +84,9 @@ type Server struct {
 	slow    chan struct{}
 	streams chan struct{}
 	count   counters
+
+	leftMu sync.Mutex
+	left   left
 }
 
 type counters struct {
@@ -129,7 +132,13 @@ func New(o Options) (*Server, error) {
 }
 
 // Close brings everything to the disk. ServeUDP and ServeTCP must have ended.
-func (s *Server) Close() error { return s.pool.close() }
+func (s *Server) Close() error {
+	_, streams := s.Left()
+	for _, st := range streams {
+		st.Conn.Close()
+	}
+	return s.pool.close()
+}
 
 // Reset forgets what was remembered of verdicts and answers: the rules have
 // changed.
@@ -163,8 +172,9 @@ func (s *Server) Stats() Stats {
 	return Stats{c.synthetic.Load(), c.local.Load(), c.remote.Load(), c.refused.Load(), c.failed.Load(), c.dropped.Load(), s.pool.status()}
 }
 
-// ServeUDP answers questions on pc until ctx ends. It closes pc.
-func (s *Server) ServeUDP(ctx context.Context, pc flow.PacketConn) error {
+// ServeUDP answers questions on pc until ctx ends, those first that were read
+// before. It closes pc. What it has not answered is in Left then.
+func (s *Server) ServeUDP(ctx context.Context, pc flow.PacketConn, first ...flow.Datagram) error {
 	stop := context.AfterFunc(ctx, func() { pc.Close() })
 	defer stop()
 	var slow sync.WaitGroup
@@ -172,6 +182,9 @@ func (s *Server) ServeUDP(ctx context.Context, pc flow.PacketConn) error {
 	u := &udpLoop{s: s, pc: pc, slow: &slow, in: make([]flow.Datagram, batch), out: make([]flow.Datagram, 0, batch), bufs: make([][maxHot]byte, batch)}
 	for i := range u.in {
 		u.in[i].Data = make([]byte, 0, 4096)
+	}
+	for ds := range slices.Chunk(first, batch) {
+		u.serve(ctx, ds)
 	}
 	for {
 		for i := range u.in {
@@ -197,6 +210,7 @@ type udpLoop struct {
 	in   []flow.Datagram
 	out  []flow.Datagram
 	bufs [][maxHot]byte
+	hot  [batch]bool // was answered on the fast path
 	name [256]byte
 }
 
@@ -209,7 +223,9 @@ func (u *udpLoop) serve(ctx context.Context, ds []flow.Datagram) {
 	p.mu.Lock()
 	for i := range ds {
 		d := &ds[i]
+		u.hot[i] = false
 		if b := u.s.hot(d, &u.name, u.bufs[i][:0]); b != nil {
+			u.hot[i] = true
 			u.out = append(u.out, flow.Datagram{Data: b, Src: d.Dst, Dst: d.Src})
 			continue
 		}
@@ -224,16 +240,27 @@ func (u *udpLoop) serve(ctx context.Context, ds []flow.Datagram) {
 	}
 	p.flush()
 	p.mu.Unlock()
-	if len(u.out) > 0 {
-		u.s.count.synthetic.Add(uint64(len(u.out) - busy))
-		u.write(u.out)
+	if len(u.out) == 0 {
+		return
 	}
+	if !u.write(u.out) {
+		for i := range ds {
+			if u.hot[i] {
+				u.s.leave(&ds[i])
+			}
+		}
+		return
+	}
+	u.s.count.synthetic.Add(uint64(len(u.out) - busy))
 }
 
-func (u *udpLoop) write(ds []flow.Datagram) {
+// write sends answers; false if there is nothing any longer to send them by.
+// What cannot be sent otherwise is lost, as UDP may be.
+func (u *udpLoop) write(ds []flow.Datagram) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.pc.WriteBatch(ds) // what cannot be sent is lost, as UDP may be
+	_, err := u.pc.WriteBatch(ds)
+	return !errors.Is(err, net.ErrClosed)
 }
 
 // hot answers a question of the fast path into b; nil: it is none. The pool's
@@ -289,8 +316,9 @@ func (u *udpLoop) later(ctx context.Context, d *flow.Datagram) bool {
 	src, dst, ifindex := d.Src, d.Dst, d.IfIndex
 	u.slow.Go(func() {
 		defer func() { <-s.slow }()
-		if b := s.answer(ctx, msg, Asker{src.Addr(), dst, ifindex}, true); b != nil {
-			u.write([]flow.Datagram{{Data: b, Src: dst, Dst: src}})
+		b := s.answer(ctx, msg, Asker{src.Addr(), dst, ifindex}, true)
+		if ctx.Err() != nil || b != nil && !u.write([]flow.Datagram{{Data: b, Src: dst, Dst: src}}) {
+			s.leave(&flow.Datagram{Data: msg, Src: src, Dst: dst, IfIndex: ifindex})
 		}
 	})
 	return true
@@ -387,86 +415,4 @@ func Failed(question []byte) []byte {
 		return nil
 	}
 	return b
-}
-
-// ServeTCP answers DNS over TCP on ln until ctx ends. It closes ln.
-func (s *Server) ServeTCP(ctx context.Context, ln net.Listener) error {
-	stop := context.AfterFunc(ctx, func() { ln.Close() })
-	defer stop()
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	for {
-		c, err := ln.Accept()
-		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-				return nil
-			}
-			if isTemporary(err) {
-				time.Sleep(10 * time.Millisecond)
-				continue
-			}
-			return err
-		}
-		select {
-		case s.streams <- struct{}{}:
-		default:
-			s.count.dropped.Add(1)
-			c.Close()
-			continue
-		}
-		wg.Go(func() {
-			defer func() { <-s.streams }()
-			defer c.Close()
-			stop := context.AfterFunc(ctx, func() { c.Close() })
-			defer stop()
-			s.serveStream(ctx, c)
-		})
-	}
-}
-
-// isTemporary tells errors of accept(2) that pass: no descriptors, a client
-// that left.
-func isTemporary(err error) bool {
-	return strings.Contains(err.Error(), "too many open files") || strings.Contains(err.Error(), "connection aborted")
-}
-
-// serveStream answers a client's questions one after the other.
-func (s *Server) serveStream(ctx context.Context, c net.Conn) {
-	a := Asker{Addr: addrPort(c.RemoteAddr()).Addr(), Server: addrPort(c.LocalAddr())}
-	if t, ok := c.(*net.TCPConn); ok && s.o.Interface != nil {
-		var err error
-		if a.IfIndex, err = s.o.Interface(t); err != nil {
-			s.o.Log.Debug("the interface of a client", "err", err)
-			s.count.dropped.Add(1)
-			return
-		}
-	}
-	for {
-		c.SetDeadline(time.Now().Add(tcpIdle))
-		var head [2]byte
-		if _, err := io.ReadFull(c, head[:]); err != nil {
-			return
-		}
-		msg := make([]byte, binary.BigEndian.Uint16(head[:]))
-		if _, err := io.ReadFull(c, msg); err != nil {
-			return
-		}
-		c.SetDeadline(time.Now().Add(tcpIdle + s.o.Timeout))
-		b := s.answer(ctx, msg, a, false)
-		if b == nil {
-			return
-		}
-		out := binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(b)), uint16(len(b)))
-		if _, err := c.Write(append(out, b...)); err != nil {
-			return
-		}
-	}
-}
-
-func addrPort(a net.Addr) netip.AddrPort {
-	if t, ok := a.(*net.TCPAddr); ok {
-		ap := t.AddrPort()
-		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
-	}
-	return netip.AddrPort{}
 }
