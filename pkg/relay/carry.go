@@ -183,7 +183,15 @@ func (sh *shard) reply(f *udpFlow, data [][]byte) {
 // ownSocket counts n datagrams and gives the flow a socket of its own once it
 // is worth one; false if it has none.
 func (sh *shard) ownSocket(f *udpFlow, n int) bool {
-	if f.seen = min(f.seen+n, ownSocketAfter); f.seen < ownSocketAfter || f.out == nil || f.noSocket || !sh.takeSocket() {
+	if f.seen = min(f.seen+n, ownSocketAfter); f.seen < ownSocketAfter || f.out == nil || f.noSocket {
+		return false
+	}
+	return sh.openSocket(f)
+}
+
+// openSocket gives the flow a socket of its own; false if it has none.
+func (sh *shard) openSocket(f *udpFlow) bool {
+	if !sh.takeSocket() {
 		return false
 	}
 	fd, err := sh.u.o.FlowSocket(f.s.client, f.dst)

@@ -38,6 +38,7 @@ const trimTicks = 10
 // Stats is a snapshot of what an [Engine] holds and has done.
 type Stats struct {
 	Conns     int    // sockets that exist, joined or not
+	Clients   int    // of them, those that Serve accepted
 	Streams   int    // joined flows that have not ended
 	Pipes     int    // pipes that exist
 	PipesLent int    // pipes that bytes are in
@@ -191,6 +192,7 @@ func (e *Engine) Stats() Stats {
 	made, lent := e.pipes.count()
 	return Stats{
 		Conns:     int(e.live.Load()),
+		Clients:   int(e.accepted.Load()),
 		Streams:   int(e.streams.Load()),
 		Pipes:     made,
 		PipesLent: lent,

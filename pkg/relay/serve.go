@@ -44,7 +44,7 @@ func (e *Engine) Serve(ctx context.Context, ln *net.TCPListener, handle func(c *
 	defer context.AfterFunc(ctx, interrupt)()
 	defer context.AfterFunc(e.ctx, interrupt)()
 
-	a := &acceptor{e: e, nodelay: nodelay, crew: newCrew(&e.handlers, handle)}
+	a := &acceptor{e: e, ctx: ctx, nodelay: nodelay, crew: newCrew(&e.handlers, handle)}
 	defer a.crew.end()
 	for {
 		a.err, a.pause = nil, false
@@ -92,6 +92,7 @@ func duplicate(ln *net.TCPListener) (f *os.File, nodelay bool, err error) {
 type acceptor struct {
 	e       *Engine
 	crew    *crew[*Conn]
+	ctx     context.Context // of Serve
 	nodelay bool
 	pause   bool  // batch stopped for want of descriptors
 	err     error // batch stopped: the listener is broken
@@ -100,7 +101,7 @@ type acceptor struct {
 // batch accepts what is in the queue. It returns false when the queue is
 // empty: the caller, Go's network poller, then waits for more.
 func (a *acceptor) batch(lfd uintptr) (done bool) {
-	for !a.e.closed.Load() {
+	for !a.e.closed.Load() && a.ctx.Err() == nil {
 		fd, remote, errno := rawAccept(int(lfd))
 		switch errno {
 		case 0:

@@ -66,6 +66,9 @@ func newShard(u *UDP, sources []flow.PacketSource) (*shard, error) {
 		sh.batch[i].Data = sh.in.buffer(i)
 	}
 	for _, src := range sources {
+		if u.o.Paused {
+			break
+		}
 		err := src.Control(func(fd int) error {
 			if e := sh.register(fd, ref{source: src}); e != 0 {
 				return e

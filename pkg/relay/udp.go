@@ -124,6 +124,8 @@ type UDPOptions struct {
 	TooBig func(d flow.Datagram, mtu int)
 	Done   func(SessionResult) // called by the loop when a session has ended; nil: not wanted
 
+	Paused bool // the sources are not read before the first Attach
+
 	MaxSessions int          // 0: UDPMaxSessions
 	MaxFlows    int          // 0: UDPMaxFlows
 	MaxQueued   int          // bytes; 0: UDPMaxQueued
