@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -14,14 +15,22 @@ import (
 
 func serveCommand(e *env) *cobra.Command {
 	var conf, level string
+	var takeover bool
 	c := &cobra.Command{
-		Use:   "serve [-c FILE]",
+		Use:   "serve [-c FILE] [--takeover]",
 		Short: "Run the daemon",
 		Long: `Run the daemon in the foreground. It prints one line when it is ready and tells
-systemd. SIGHUP makes it read its files again, SIGTERM and SIGINT stop it.`,
+systemd. SIGHUP makes it read its files again, SIGTERM and SIGINT stop it.
+
+With --takeover it takes the place of the daemon that runs, which carries to
+their end the flows that it has, for "drain" seconds at most, and ends. No flow
+is cut or refused, nor a question of DNS. If that cannot be, the daemon that runs
+goes on, and the exit status is 2 if what the files say is the reason. If none
+runs it starts as always.`,
 		Args: cobra.NoArgs,
 	}
 	configFlag(c, &conf)
+	c.Flags().BoolVar(&takeover, "takeover", false, "take the place of the daemon that runs, without cutting a flow")
 	c.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error; debug writes one line per flow")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		var min slog.Level
@@ -38,7 +47,18 @@ systemd. SIGHUP makes it read its files again, SIGTERM and SIGINT stop it.`,
 		signal.Notify(hup, syscall.SIGHUP)
 		defer signal.Stop(hup)
 		e.leaveProcessors()
-		d, err := daemon.New(setup, e.logger(min))
+		var d *daemon.Daemon
+		var err error
+		if takeover {
+			d, err = daemon.TakeOver(ctx, setup, e.logger(min))
+		} else {
+			d, err = daemon.New(setup, e.logger(min))
+		}
+		var refused *daemon.RefusedError
+		if errors.As(err, &refused) && refused.Files {
+			fmt.Fprintf(e.stderr, "tproxyd: %v\n", err)
+			return errRefused
+		}
 		if err != nil {
 			return failed(err)
 		}

@@ -55,7 +55,8 @@ type Intercept struct {
 	DNS        bool     // port 53, UDP and TCP, to whatever resolver it is sent
 	Fail       Fail
 	Mark       redirect.Marks
-	Table      int // routing table
+	Table      int           // routing table
+	Drain      time.Duration // how long a daemon that was taken over carries its flows on, whole seconds
 }
 
 // DNS says how names are answered.
@@ -88,6 +89,7 @@ func Default(path string) *Config {
 			DNS:   true,
 			Mark:  redirect.Marks{Value: 0x7000, Mask: 0xf000},
 			Table: 7470,
+			Drain: 24 * time.Hour,
 		},
 		DNS: DNS{
 			Pool4: netip.MustParsePrefix("198.18.0.0/15"),

@@ -26,6 +26,7 @@ dns        = false
 fail       = "open"
 mark       = "0x10/0xf0"
 table      = 99
+drain      = 600
 
 [dns]
 resolvers = ["10.0.0.53", "[2001:db8::53]:5353"]
@@ -49,7 +50,7 @@ metrics = "127.0.0.1:9470"
 		Path:        "/etc/t/tproxyd.toml",
 		Routes:      "/etc/t/rules/office.cnf",
 		Credentials: "/run/secrets/c.toml",
-		Intercept:   Intercept{Interfaces: []string{"lan0", "br-guest"}, Local: true, Fail: FailOpen, Mark: redirect.Marks{Value: 0x10, Mask: 0xf0}, Table: 99},
+		Intercept:   Intercept{Interfaces: []string{"lan0", "br-guest"}, Local: true, Fail: FailOpen, Mark: redirect.Marks{Value: 0x10, Mask: 0xf0}, Table: 99, Drain: 10 * time.Minute},
 		DNS: DNS{
 			Resolvers: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.53:53"), netip.MustParseAddrPort("[2001:db8::53]:5353")},
 			Search:    []string{"corp.example"},
@@ -78,7 +79,7 @@ func TestParseEmptyIsDefault(t *testing.T) {
 func TestParseReportsAll(t *testing.T) {
 	for _, tt := range []struct{ in, want string }{
 		{"rutes = 1", `t.toml:1:1: error T02: unknown key "rutes"; the file has routes, credentials, [intercept], [dns], [state] and [control]`},
-		{"[intercept]\ninterface = []", `t.toml:2:1: error T02: unknown key "intercept.interface"; the keys of [intercept] are dns, fail, interfaces, local, mark, table`},
+		{"[intercept]\ninterface = []", `t.toml:2:1: error T02: unknown key "intercept.interface"; the keys of [intercept] are dns, drain, fail, interfaces, local, mark, table`},
 		{"[intercept]\n  local = 1", `t.toml:2:3: error T03: intercept.local: wrong type: want true or false`},
 		{"[intercept]\ninterfaces = \"lan0\"", `t.toml:2:1: error T03: intercept.interfaces: wrong type: want a list in brackets, as in ["a", "b"]`},
 		{"[intercept]\ninterfaces = [\"a b\", \"lo\"]", `t.toml:2:1: error T04: intercept.interfaces: "a b" is not an interface name; "lo" cannot be named; this host's own flows are taken with local = true`},
@@ -86,6 +87,7 @@ func TestParseReportsAll(t *testing.T) {
 		{"[intercept]\nmark = \"7000\"", `t.toml:2:1: error T04: intercept.mark: redirect: mark "7000" is not VALUE/MASK, as "0x7000/0xf000"`},
 		{"[intercept]\nmark = \"0x1/0xf0\"", `t.toml:2:1: error T04: intercept.mark: redirect: mark 0x1/0xf0: the value must be within the mask and not 0`},
 		{"[intercept]\ntable = 254", `t.toml:2:1: error T04: intercept.table: 254 is one of the kernel's own tables (default, main, local)`},
+		{"[intercept]\ndrain = -1", `t.toml:2:1: error T04: intercept.drain: -1 is not between 0 and 2592000`},
 		{"[dns]\nttl = 0", `t.toml:2:1: error T04: dns.ttl: 0 is not between 1 and 86400`},
 		{"[dns]\nttl = 1.5", `t.toml:2:1: error T03: dns.ttl: wrong type: want a whole number`},
 		{"[dns]\npool4 = \"198.18.0.1/15\"", `t.toml:2:1: error T04: dns.pool4: 198.18.0.1/15 has bits outside its length; write 198.18.0.0/15`},

@@ -120,6 +120,12 @@ var keys = map[string]func(*Config, any) error{
 		return err
 	},
 
+	"intercept.drain": func(c *Config, v any) error {
+		n, err := integer(v, 0, 30*86400)
+		c.Intercept.Drain = time.Duration(n) * time.Second
+		return err
+	},
+
 	"dns.resolvers": func(c *Config, v any) error { return setList(&c.DNS.Resolvers, v, ParseResolver) },
 	"dns.search":    func(c *Config, v any) error { return setList(&c.DNS.Search, v, parseDomain) },
 	"dns.pool4":     func(c *Config, v any) error { return setPool(&c.DNS.Pool4, v, 8, 29, netip.Addr.Is4) },

@@ -30,7 +30,7 @@ import (
 	"time"
 )
 
-// Options is what the daemon hands down. Every field is needed.
+// Options is what the daemon hands down. Every field but TakeOver is needed.
 type Options struct {
 	Status func() any             // any value that encodes as JSON
 	Flows  func() any             // a list, likewise
@@ -39,6 +39,9 @@ type Options struct {
 	// *Refused says what is wrong with the files, any other error what failed.
 	Reload  func() error
 	Metrics http.Handler
+	// TakeOver owns the connection of a process that wants to take the daemon's
+	// place; nil: it cannot be taken.
+	TakeOver func(*net.UnixConn)
 }
 
 // Handler is the whole of the socket's surface.
@@ -72,6 +75,9 @@ func Handler(o Options) http.Handler {
 		fmt.Fprintln(w, "reloaded")
 	})
 	mux.Handle("GET /metrics", o.Metrics)
+	if o.TakeOver != nil {
+		mux.HandleFunc("POST /takeover", takeOver(o.TakeOver))
+	}
 	return mux
 }
 

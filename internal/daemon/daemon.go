@@ -16,7 +16,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"sync"
 	"time"
 
@@ -62,9 +61,15 @@ type Daemon struct {
 
 	admitting sync.RWMutex // writers: a reload, which must not lose an address admitted meanwhile
 
-	mu      sync.Mutex // one reload at a time; guards what follows
-	setup   *Setup
-	reloads reloadCount
+	calls      chan *call   // of processes that want to be the successor
+	before     *predecessor // nil: nobody was taken over from
+	unanswered unanswered   // what the next take begins with
+
+	mu        sync.Mutex // one reload at a time; guards what follows
+	setup     *Setup
+	reloads   reloadCount
+	takenOver bool // another process serves
+	inherited bool // and this one does not yet: what it has is that one's too
 }
 
 type reloadCount struct {
@@ -74,22 +79,29 @@ type reloadCount struct {
 
 // New brings up everything of setup but the serving itself: what can fail
 // fails here, and then nothing is left behind that was not there before.
-func New(setup *Setup, log *slog.Logger) (*Daemon, error) {
+func New(setup *Setup, log *slog.Logger) (*Daemon, error) { return inherit(setup, log, nil) }
+
+// inherit is New with what another process had. The estate stays the caller's;
+// nil: nobody had anything.
+func inherit(setup *Setup, log *slog.Logger, e *estate) (*Daemon, error) {
 	defer frugal()()
-	d := &Daemon{log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark, enclosure: setup.enclosure}
-	if err := d.open(); err != nil {
+	d := &Daemon{
+		log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark, enclosure: setup.enclosure,
+		calls: make(chan *call), inherited: e.hold() != nil,
+	}
+	if err := d.open(e); err != nil {
 		d.release(true)
 		return nil, err
 	}
 	return d, nil
 }
 
-func (d *Daemon) open() (err error) {
+func (d *Daemon) open(e *estate) (err error) {
 	c, part := d.setup.Config, func(name string) *slog.Logger { return d.log.With("part", name) }
 	if d.engine, err = relay.New(relay.Options{Log: part("relay")}); err != nil {
 		return err
 	}
-	if err := d.inside(func() error { return d.listen(part("redirect")) }); err != nil {
+	if err := d.inside(func() error { return d.listen(e, part("redirect")) }); err != nil {
 		return err
 	}
 	d.watcher = watch.New(watch.Options{Log: part("watch")})
@@ -105,6 +117,7 @@ func (d *Daemon) open() (err error) {
 		Pool4:   c.DNS.Pool4,
 		Pool6:   c.DNS.Pool6,
 		Dir:     c.State.Directory,
+		Taken:   e.names(),
 		TTL:     c.DNS.TTL,
 		Timeout: d.setup.Table.Limits().DNS,
 		Decide:  func(name string, a fakedns.Asker) (fakedns.Verdict, bool) { return d.gateway.Decide(name, a) },
@@ -140,17 +153,19 @@ func (d *Daemon) open() (err error) {
 	}
 	d.packets.SetLimits(d.setup.udpLimits())
 	if c.Control.Socket != "" {
-		if d.socket, err = control.Listen(c.Control.Socket); err != nil {
+		if d.socket, err = e.control(c.Control.Socket); err != nil {
 			return err
 		}
 	}
 	if c.Control.Metrics != "" {
-		if d.metrics, err = net.Listen("tcp", c.Control.Metrics); err != nil {
+		if d.metrics, err = e.metrics(c.Control.Metrics); err != nil {
 			return fmt.Errorf("daemon: [control] metrics: %w", err)
 		}
 	}
 	p := kernelPlan(d.setup, d.ports())
-	p.Readmit = d.setup.readmitAtStart()
+	if p.Readmit, err = d.inherit(e, plan); err != nil {
+		return err
+	}
 	if d.enclosure != nil {
 		if err := d.setup.enclose(&p); err != nil {
 			return err
@@ -164,22 +179,22 @@ func (d *Daemon) open() (err error) {
 }
 
 // listen makes everything that belongs to the network namespace of the calling
-// thread, where flows are taken.
-func (d *Daemon) listen(log *slog.Logger) (err error) {
-	if d.kernel, err = redirect.Open(redirect.Options{Log: log, NoOwner: d.enclosure != nil && d.enclosure.Ends}); err != nil {
+// thread, where flows are taken, or takes it from the estate.
+func (d *Daemon) listen(e *estate, log *slog.Logger) (err error) {
+	if d.kernel, err = redirect.Open(redirect.Options{Log: log, NoOwner: d.enclosure != nil && d.enclosure.Ends, Taken: e.hold()}); err != nil {
 		return err
 	}
-	if d.flows, err = redirect.ListenTCP(d.mark); err != nil {
+	if d.flows, err = e.tcp(d.mark); err != nil {
 		return err
 	}
-	if d.udp, err = redirect.ListenUDP(d.mark, runtime.GOMAXPROCS(0)); err != nil {
+	if d.udp, err = e.udp(d.mark); err != nil {
 		return err
 	}
 	if d.refuser, err = redirect.NewRefuser(d.mark); err != nil {
 		return err
 	}
 	if d.setup.Config.Intercept.DNS {
-		if d.dns, err = redirect.ListenDNS(d.mark); err != nil {
+		if d.dns, err = e.dns(d.mark); err != nil {
 			return err
 		}
 	}
@@ -197,55 +212,99 @@ func (d *Daemon) noteDecided(s *Setup) {
 	}
 }
 
-// Run serves until ctx ends or a part fails, and takes everything down.
+// Run serves until ctx ends or a part fails, and takes everything down. If
+// another process takes over it returns when what is carried has ended.
 func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	defer d.stop()
 	line := d.readyLine() // before there is somebody who can ask for a reload
 	g, ctx := errgroup.WithContext(ctx)
-	task := func(name string, f func(context.Context) error) {
-		g.Go(func() error {
-			if err := f(ctx); err != nil && ctx.Err() == nil {
-				return fmt.Errorf("daemon: %s: %w", name, err)
-			}
-			return nil
-		})
-	}
-	for _, ln := range d.flows.Listeners() {
-		task("tcp", func(ctx context.Context) error { return d.engine.Serve(ctx, ln, d.gateway.Handle) })
-	}
-	if d.dns != nil {
-		for _, pc := range d.dns.UDP {
-			task("dns", func(ctx context.Context) error { return d.names.ServeUDP(ctx, pc) })
-		}
-		for _, ln := range d.dns.TCP.Listeners() {
-			task("dns", func(ctx context.Context) error { return d.names.ServeTCP(ctx, ln) })
-		}
-	}
-	task("kernel", func(ctx context.Context) error {
-		return d.kernel.Heal(ctx, func(what string) { d.log.Warn("put right what somebody else changed", "what", what) })
-	})
+	taking := d.take(ctx, g)
+	reach := newPart(ctx, g)
 	offer := control.Options{
 		Status:  func() any { return d.Status() },
 		Flows:   func() any { return d.gateway.Flows() },
 		Kill:    d.gateway.Kill,
 		Reload:  func() error { return refusal(d.Reload()) },
 		Metrics: d.metricsHandler(),
+		// It outlives reach, which ends when it has come to its end.
+		TakeOver: func(c *net.UnixConn) { d.called(ctx, c) },
 	}
 	if d.socket != nil {
-		task("control", func(ctx context.Context) error { return control.Serve(ctx, d.socket, control.Handler(offer)) })
+		reach.task("control", func(ctx context.Context) error { return control.Serve(ctx, d.socket, control.Handler(offer)) })
 	}
 	if d.metrics != nil {
-		task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })
+		reach.task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })
 	}
-	task("memory", d.giveBack)
-	task("lists", d.watchLists)
-	task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })
+	reach.task("lists", d.watchLists)
+	rest := newPart(ctx, g)
+	rest.task("memory", d.giveBack)
+	rest.task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })
+	if d.before != nil {
+		d.inherited = false
+		d.before.call.say(wordServing) // if it is gone already, it is not missed
+		d.before.call.SetDeadline(time.Time{})
+		rest.task("the process before", d.watch)
+	}
+	rest.task("takeover", func(ctx context.Context) error { return d.awaitSuccessor(ctx, g, taking, reach) })
 
 	if s.Ready != nil {
 		s.Ready("tproxyd: ready: " + line)
 	}
 	notifyReady(line)
-	return g.Wait()
+	if err := g.Wait(); !errors.Is(err, errDrained) {
+		return err
+	}
+	return nil
+}
+
+// take serves flows and questions, first those that wait for it.
+func (d *Daemon) take(ctx context.Context, g *errgroup.Group) *part {
+	p, left := newPart(ctx, g), d.unanswered
+	d.unanswered = unanswered{}
+	for _, ln := range d.flows.Listeners() {
+		p.task("tcp", func(ctx context.Context) error { return d.engine.Serve(ctx, ln, d.gateway.Handle) })
+	}
+	d.packets.Attach()
+	d.packets.Inject(left.datagrams)
+	if d.dns != nil {
+		for i, pc := range d.dns.UDP {
+			p.task("dns", func(ctx context.Context) error { return d.names.ServeUDP(ctx, pc, left.of(i == 0)...) })
+		}
+		for i, ln := range d.dns.TCP.Listeners() {
+			if i > 0 {
+				left.streams = nil
+			}
+			streams := left.streams
+			p.task("dns", func(ctx context.Context) error { return d.names.ServeTCP(ctx, ln, streams...) })
+		}
+	}
+	p.task("kernel", func(ctx context.Context) error {
+		return d.kernel.Heal(ctx, func(what string) { d.log.Warn("put right what somebody else changed", "what", what) })
+	})
+	return p
+}
+
+// awaitSuccessor gives the daemon's place to the first process that can take it,
+// and carries on what there is.
+func (d *Daemon) awaitSuccessor(ctx context.Context, g *errgroup.Group, taking, reach *part) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case c := <-d.calls:
+			gone, err := d.handOver(ctx, c, taking)
+			if gone {
+				d.stopAnswering(reach)
+				return d.drain(ctx, c)
+			}
+			if err != nil {
+				return err
+			}
+			if taking.ctx.Err() != nil {
+				taking = d.take(ctx, g)
+			}
+		}
+	}
 }
 
 func (d *Daemon) readyLine() string {
@@ -265,7 +324,9 @@ func (d *Daemon) readyLine() string {
 func (d *Daemon) stop() {
 	d.mu.Lock() // a reload that is under way comes to its end, a later one finds the kernel closed
 	defer d.mu.Unlock()
-	notifyStopping()
+	if !d.takenOver {
+		notifyStopping()
+	}
 	d.log.Info("stopping")
 	d.release(d.setup.Config.Intercept.Fail == config.FailClosed)
 }
@@ -282,6 +343,9 @@ func (d *Daemon) Drain(limit time.Duration) {
 // release takes down whatever is up, the kernel first, so that clients hear
 // of it at once, the state last.
 func (d *Daemon) release(keep bool) {
+	if d.inherited { // all of it is the other one's
+		d.disown()
+	}
 	if d.kernel != nil {
 		if err := d.kernel.Close(keep); err != nil {
 			d.log.Error("the kernel's table", "err", err)

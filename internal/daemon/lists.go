@@ -60,6 +60,9 @@ func (d *Daemon) watchLists(ctx context.Context) error {
 func (d *Daemon) relist(paths []string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.takenOver {
+		return
+	}
 	defer frugal()()
 	next, diags := d.setup.relisted()
 	err := error(diags)

@@ -19,6 +19,9 @@ func notifyReloading() {
 
 func notifyStopping() { notify(daemon.SdNotifyStopping) }
 
+// notifyMain tells who serves from now on.
+func notifyMain(pid int) { notify(fmt.Sprintf("MAINPID=%d", pid)) }
+
 // notify ignores the error: whoever started us without a socket, or closed
 // it, does not want to know.
 func notify(state string) { daemon.SdNotify(false, state) }

@@ -21,6 +21,10 @@ import (
 func (d *Daemon) Reload() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.takenOver {
+		d.log.Warn("the files are not reloaded", "err", errTakenOver)
+		return errTakenOver
+	}
 	defer frugal()()
 	notifyReloading()
 	defer func() { notifyReady(d.readyLine()) }()
@@ -82,6 +86,7 @@ func (d *Daemon) put(next *Setup) error {
 	d.setup = next
 	d.noteDecided(next)
 	d.watcher.Set(next.lists)
+	d.before.tell(next.decidedBy())
 	return nil
 }
 

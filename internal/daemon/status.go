@@ -26,6 +26,7 @@ type Status struct {
 	Relay   relay.Stats       `json:"relay"`
 	UDP     relay.UDPStats    `json:"udp"`
 	Kernel  KernelStatus      `json:"kernel"`
+	Before  []Carrier         `json:"before,omitempty"` // processes that were taken over and still carry flows
 }
 
 // FlowStatus is a TCP flow that is being carried.
@@ -60,6 +61,7 @@ func (d *Daemon) Status() Status {
 	s.DNS = d.names.Stats()
 	s.Relay = d.engine.Stats()
 	s.UDP = d.packets.Stats()
+	s.Before = d.before.carriers()
 	s.Kernel.Healed = d.kernel.Healed()
 	var err error
 	if s.Kernel.Counters, err = d.kernel.Counters(); err != nil {
@@ -122,6 +124,14 @@ func (e exporter) Collect(out chan<- prometheus.Metric) {
 		gauge("upstream_setup_seconds", "How long it takes until the server has greeted; 0: not known.", u.Setup, "server", u.Name)
 		gauge("upstream_warm", "Connections to the server that are made ahead of need.", float64(u.Warm), "server", u.Name)
 	}
+
+	before := Carrier{}
+	for _, c := range s.Before {
+		before.Flows += c.Flows
+		before.Sessions += c.Sessions
+	}
+	gauge("before_flows", "Flows that processes still carry which were taken over.", float64(before.Flows))
+	gauge("before_udp_sessions", "UDP sessions that processes still carry which were taken over.", float64(before.Sessions))
 
 	q := "Questions answered."
 	counter("dns_questions", q, s.DNS.Synthetic, "answer", "synthetic")

@@ -217,6 +217,7 @@ func (d *Daemon) dialUDP(to netip.AddrPort) (*relay.Packet, error) {
 func (d *Daemon) udpOptions() relay.UDPOptions {
 	return relay.UDPOptions{
 		Sources:    d.udp.Shards(),
+		Paused:     true, // until Run
 		Decide:     d.gateway.DecideUDP,
 		Header:     socks.ParseUDPHeader,
 		FlowSocket: d.flowSocket,

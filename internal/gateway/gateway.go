@@ -64,9 +64,10 @@ type Options struct {
 
 // Gateway carries flows by the plan of the moment. Make it with New.
 type Gateway struct {
-	o     Options
-	plan  atomic.Pointer[Plan]
-	count counters
+	o        Options
+	plan     atomic.Pointer[Plan]
+	noDirect atomic.Bool // see CutDirect
+	count    counters
 
 	mu       sync.Mutex
 	ids      uint64 // given to flows
@@ -321,7 +322,7 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 	g.mu.Lock()
 	l.stream = stream
 	g.mu.Unlock()
-	if l.via == nil && g.plan.Load() != p && !g.stillDirect(l) {
+	if l.via == nil && (g.noDirect.Load() || g.plan.Load() != p && !g.stillDirect(l)) {
 		stream.Kill() // a reload came between the decision and the relay
 	}
 }
@@ -402,6 +403,24 @@ func (g *Gateway) Swap(p *Plan) (reset int) {
 	g.mu.Lock()
 	for l := range g.live {
 		if l.via == nil && l.stream != nil && !g.stillDirect(l) {
+			cut = append(cut, l.stream)
+		}
+	}
+	g.mu.Unlock()
+	for _, s := range cut {
+		s.Kill()
+	}
+	return len(cut)
+}
+
+// CutDirect resets the flows that this host dialled itself, from now on those too
+// that are being connected, and returns how many those were.
+func (g *Gateway) CutDirect() int {
+	g.noDirect.Store(true)
+	var cut []*relay.Stream
+	g.mu.Lock()
+	for l := range g.live {
+		if l.via == nil && l.stream != nil {
 			cut = append(cut, l.stream)
 		}
 	}

@@ -144,6 +144,36 @@ func (g *Gateway) Readmit(p *Plan, inForce []Admission) []Admission {
 	return list
 }
 
+// Remembered is an address that was admitted, and for which name and client.
+type Remembered struct {
+	Addr   netip.Addr
+	Name   string
+	Client flow.Flow
+}
+
+// Remembered returns what Readmit goes by, for the gateway of a process that
+// takes the place of this one.
+func (g *Gateway) Remembered() []Remembered {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	list := make([]Remembered, 0, g.admitted.count)
+	for addr, names := range g.admitted.names {
+		for _, n := range names {
+			list = append(list, Remembered{addr, n.name, n.client})
+		}
+	}
+	return list
+}
+
+// Remember adds what another gateway has Remembered.
+func (g *Gateway) Remember(list []Remembered) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, r := range list {
+		g.admitted.add(r.Addr, r.Name, r.Client)
+	}
+}
+
 // errNoCarrier says that no rule and no PROXY_NAME has a server for a name.
 var errNoCarrier = errors.New("gateway: no server for this name")
 

@@ -1,0 +1,114 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/tproxyd/tproxyd/internal/handover"
+)
+
+// This file is what remains of a daemon after another one has taken over: it
+// carries on what it has, and tells the other one how much that is.
+
+// Carrier is a process that has been taken over and still carries flows.
+type Carrier struct {
+	Pid      int `json:"pid"`
+	Flows    int `json:"flows"`        // of TCP
+	Sessions int `json:"udp_sessions"` // of UDP
+}
+
+// report is what such a process says, itself first, then those before it.
+type report struct{ Carriers []Carrier }
+
+// ruling is what it is told after a reload: the rules in force, as decidedBy.
+type ruling struct{ Rules string }
+
+// errDrained ends a daemon that has nothing left to carry.
+var errDrained = errors.New("daemon: taken over, and nothing is carried any longer")
+
+const drainStep = 250 * time.Millisecond // between two looks at what is left
+
+// drain carries on what there is until it has ended, or the limit is over, or ctx
+// ends. It returns errDrained.
+func (d *Daemon) drain(ctx context.Context, c *call) error {
+	defer c.Close()
+	c.SetDeadline(time.Time{})
+	d.servers.Close() // its probes and what it has ready; what it connects still is
+	rules := make(chan string, 1)
+	ended := make(chan struct{})
+	go func() { // ends with the connection
+		defer close(ended)
+		for {
+			var r ruling
+			if _, err := c.Receive(&r); err != nil {
+				return
+			}
+			select {
+			case <-rules: // a newer one counts
+			default:
+			}
+			rules <- r.Rules
+		}
+	}()
+	defer func() { c.Close(); <-ended }()
+	if c.Rules != d.setup.decidedBy() {
+		d.obey(c.Rules)
+	}
+	limit := time.NewTimer(c.Drain)
+	defer limit.Stop()
+	tick := time.NewTicker(drainStep)
+	defer tick.Stop()
+	told := ""
+	for {
+		r := d.left()
+		if text, err := json.Marshal(r); err == nil && string(text) != told {
+			told = string(text)
+			c.SetWriteDeadline(time.Now().Add(stepLimit))
+			c.Send(handover.Message{Body: r}) // if it is gone, nobody wants to know
+		}
+		if own := r.Carriers[0]; own.Flows == 0 && own.Sessions == 0 && len(r.Carriers) == 1 && d.before.ended() {
+			d.log.Info("nothing is carried any longer")
+			return errDrained
+		}
+		select {
+		case <-ctx.Done():
+			return errDrained
+		case <-limit.C:
+			d.log.Warn("what is still carried is cut: the time to carry it on is over", "flows", r.Carriers[0].Flows, "udp_sessions", r.Carriers[0].Sessions)
+			return errDrained
+		case sum := <-rules:
+			d.obey(sum)
+		case <-tick.C:
+		}
+	}
+}
+
+// left is what this process carries, and those before it.
+func (d *Daemon) left() report {
+	own := Carrier{Pid: pid, Flows: d.engine.Stats().Clients, Sessions: d.packets.Stats().Sessions}
+	return report{append([]Carrier{own}, d.before.carriers()...)}
+}
+
+// obey puts the rules in force by which the successor decides, for what is still
+// carried (R11): proxied flows keep their server, what is DIRECT and should not be
+// any longer is cut. If the files do not say these rules to this version, it
+// cannot know, and cuts all that is DIRECT.
+func (d *Daemon) obey(sum string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.before.tell(sum)
+	next, diags := d.setup.again()
+	if !diags.HasErrors() && next.decidedBy() == sum {
+		if plan, err := next.plan(); err == nil {
+			d.follow(next, plan)
+			d.setup = next
+			d.log.Info("the rules changed for what is still carried")
+			return
+		}
+	}
+	n := d.gateway.CutDirect()
+	d.packets.Close()
+	d.log.Warn("the rules changed, and are not those that this version reads: what it carries without a server, and of UDP, is cut", "flows", n)
+}

@@ -1,0 +1,267 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/tproxyd/tproxyd/internal/handover"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
+	"golang.org/x/sys/unix"
+)
+
+// This file is the side of the daemon that serves and is asked for its place;
+// see estate.go for what is said.
+
+// errTakenOver is why a daemon does not do what another one does now.
+var errTakenOver = errors.New("daemon: another process has taken over; ask that")
+
+// call is a process that wants to be the successor.
+type call struct {
+	*handover.Conn
+	hello
+	pid int
+}
+
+// called hears what a process wants that has asked for the daemon's place, and
+// passes it on to the task that hands it over. It runs in the request's
+// goroutine, until ctx ends at the latest.
+func (d *Daemon) called(ctx context.Context, u *net.UnixConn) {
+	c := &call{Conn: handover.New(u)}
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	c.SetDeadline(time.Now().Add(stepLimit))
+	pid, uid, err := c.Peer()
+	if err == nil && uid != 0 && uid != uint32(os.Geteuid()) {
+		err = fmt.Errorf("daemon: user %d may not take over", uid)
+	}
+	if err == nil {
+		_, err = c.Receive(&c.hello)
+	}
+	if err != nil {
+		d.log.Warn("a process asked to take over", "pid", pid, "err", err)
+		c.Close()
+		return
+	}
+	c.pid = pid
+	select {
+	case d.calls <- c:
+	default:
+		refuse(c.Conn, false, "another process is taking over")
+	}
+}
+
+// handOver gives the daemon's place to a process. True: the process serves, and
+// this one does not any longer. Else all is as it was, but that taking may have
+// been stopped; with an error it cannot be so.
+func (d *Daemon) handOver(ctx context.Context, c *call, taking *part) (gone bool, err error) {
+	d.mu.Lock() // no reload meanwhile
+	defer d.mu.Unlock()
+	if why, files := d.setup.unfit(&c.hello); why != "" {
+		d.log.Warn("a process cannot take over", "pid", c.pid, "err", why)
+		refuse(c.Conn, files, "%s", why)
+		return false, nil
+	}
+	began := time.Now()
+	e, left, err := d.part(taking)
+	if err == nil {
+		err = d.pass(ctx, c, e)
+	} else {
+		refuse(c.Conn, false, "%v", err)
+	}
+	defer e.close()
+	if err != nil {
+		c.end(err)
+		d.log.Error("a process has not taken over, this one goes on", "pid", c.pid, "err", err, "dur", time.Since(began).Round(time.Millisecond))
+		return false, d.goOn(left)
+	}
+	d.kernel.Release()
+	d.names.Release()
+	d.udp.StopReceiving()
+	d.flows.Close()
+	for _, s := range left.streams {
+		s.Conn.Close()
+	}
+	d.takenOver = true
+	notifyMain(c.pid)
+	d.log.Info("handed over", "pid", c.pid, "dur", time.Since(began).Round(time.Millisecond))
+	return true, nil
+}
+
+// remains is what the daemon needs to go on where it stopped.
+type remains struct {
+	unanswered
+	udp, tcp []*os.File // of DNS
+
+	stopped, lent, held bool // taking flows, the kernel, the names
+}
+
+// part stops taking flows and returns what the successor needs for that. What is
+// carried goes on. Also with an error goOn is to be called, if it is not the end.
+func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
+	e, r = &estate{Version: takeoverVersion, Pid: os.Getpid(), Rules: d.setup.decidedBy(), Notify: os.Getenv("NOTIFY_SOCKET")}, &remains{}
+	tcp, err := d.flows.Files()
+	e.add(fileTCP, tcp...)
+	if err != nil {
+		return e, r, err
+	}
+	udp, each, err := d.udp.Files()
+	e.add(fileUDP, udp...)
+	e.Each = each
+	if err != nil {
+		return e, r, err
+	}
+	if d.dns != nil {
+		r.udp, r.tcp, err = d.dns.Files()
+		e.add(fileDNSUDP, r.udp...)
+		e.add(fileDNSTCP, r.tcp...)
+		if err != nil {
+			return e, r, err
+		}
+	}
+	for _, l := range []struct {
+		name string
+		ln   net.Listener
+	}{{fileControl, d.socket}, {fileMetrics, d.metrics}} {
+		if l.ln == nil {
+			continue
+		}
+		f, err := handover.Dup(l.ln.(syscall.Conn))
+		if err != nil {
+			return e, r, err
+		}
+		e.add(l.name, f)
+	}
+	e.Metrics = d.setup.Config.Control.Metrics
+
+	taking.stop() // accepts nothing more, and closes the sockets of DNS
+	r.stopped = true
+	r.questions, r.streams = d.names.Left()
+	r.datagrams = d.packets.Detach()
+	e.Questions, e.Datagrams = r.questions, r.datagrams
+	for _, s := range r.streams {
+		f, err := handover.Dup(s.Conn)
+		if err != nil {
+			return e, r, err
+		}
+		e.add(fileStream, f)
+		e.Streams = append(e.Streams, stream{s.Read, s.IfIndex})
+	}
+	hold, err := d.kernel.Lend()
+	if err != nil {
+		return e, r, err
+	}
+	r.lent, e.Alive = true, hold.Alive
+	e.add(fileKernel, hold.Socket)
+	if hold.Lock != nil {
+		e.add(fileLock, hold.Lock)
+	}
+	names, err := d.names.Lend()
+	r.held = true
+	if err != nil {
+		return e, r, err
+	}
+	if names.Dir != nil {
+		e.add(fileState, names.Dir)
+	}
+	e.log, e.Whole, e.Pinned = names.Log, names.Whole, names.Pinned
+	e.Admitted = d.gateway.Remembered()
+	return e, r, nil
+}
+
+// pass gives the estate to the successor and returns when that serves.
+func (d *Daemon) pass(ctx context.Context, c *call, e *estate) error {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	c.SetDeadline(time.Now().Add(stepLimit))
+	if err := c.Send(handover.Message{Body: e, Blob: e.log, Files: e.files}); err != nil {
+		return err
+	}
+	c.SetDeadline(time.Now().Add(stepLimit)) // its own time, however large that was
+	if err := c.hear(wordPrepared); err != nil {
+		return err
+	}
+	if err := c.say(wordGo); err != nil {
+		return err
+	}
+	return c.hear(wordServing)
+}
+
+// end makes sure that a successor that has failed does nothing more. It may have
+// half of what is needed to serve, so one that has stopped to answer is killed.
+func (c *call) end(err error) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		unix.Kill(c.pid, unix.SIGKILL)
+		c.SetDeadline(time.Now().Add(time.Second))
+		for err = nil; err == nil || errors.Is(err, errOtherWord); { // its end closes the connection
+			err = c.hear("")
+		}
+	}
+	c.Close()
+}
+
+// goOn takes everything back, for take.
+func (d *Daemon) goOn(r *remains) (err error) {
+	if r.lent {
+		if err := d.kernel.TakeBack(); err != nil {
+			d.log.Error("the kernel's table", "err", err) // it stays closed, and heals
+		}
+	}
+	if r.held {
+		d.names.TakeBack()
+	}
+	d.noteDecided(d.setup)
+	if r.stopped && d.dns != nil {
+		d.dns, err = redirect.TakeDNS(d.mark, r.udp, r.tcp)
+	}
+	d.unanswered = r.unanswered
+	return err
+}
+
+// words is a message of one word, or of why there is none.
+type words struct {
+	Word   string
+	Failed string `json:",omitempty"`
+}
+
+// The words that are said.
+const (
+	wordPrepared = "prepared"
+	wordGo       = "go"
+	wordServing  = "serving"
+)
+
+var errOtherWord = errors.New("daemon: the other process said something else")
+
+func (c *call) say(word string) error { return c.Send(handover.Message{Body: words{Word: word}}) }
+
+// hear waits for a word.
+func (c *call) hear(word string) error {
+	var w words
+	_, err := c.Receive(&w)
+	switch {
+	case errors.Is(err, io.EOF):
+		return fmt.Errorf("daemon: it has ended before it was %q", word)
+	case err != nil:
+		return err
+	case w.Failed != "":
+		return errors.New(w.Failed)
+	case w.Word != word:
+		return fmt.Errorf("%w: %q, not %q", errOtherWord, w.Word, word)
+	}
+	return nil
+}
+
+// stopAnswering leaves the control socket and the metrics to the successor, who
+// has the same open files, and what changes by itself.
+func (d *Daemon) stopAnswering(reach *part) {
+	if u, ok := d.socket.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
+	reach.stop()
+}

@@ -1,0 +1,206 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/tproxyd/tproxyd/internal/control"
+	"github.com/tproxyd/tproxyd/internal/gateway"
+	"github.com/tproxyd/tproxyd/internal/handover"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
+)
+
+// This file is the side of the successor; see estate.go for what is said.
+
+// pid is this process.
+var pid = os.Getpid()
+
+// RefusedError says that the daemon that serves does not give up its place.
+type RefusedError struct {
+	Text  string
+	Files bool // what the files say is the reason
+}
+
+func (e *RefusedError) Error() string { return "the daemon that serves goes on: " + e.Text }
+
+// TakeOver is New in the place of a daemon that serves by the same files: its
+// sockets, names and hold on the kernel are this one's from then on, and what it
+// carries it carries to its end, for drain at most. If there is no daemon it is
+// New. With an error the other one goes on as if nothing had been.
+func TakeOver(ctx context.Context, setup *Setup, log *slog.Logger) (*Daemon, error) {
+	dialing, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	u, err := control.NewClient(setup.Config.Control.Socket).TakeOver(dialing)
+	if errors.Is(err, control.ErrNobody) {
+		log.Info("there is no daemon to take over from", "socket", setup.Config.Control.Socket)
+		return New(setup, log)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("daemon: %w", err)
+	}
+	c := &call{Conn: handover.New(u)}
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	d, err := c.takeOver(setup, log)
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (c *call) takeOver(setup *Setup, log *slog.Logger) (*Daemon, error) {
+	c.SetDeadline(time.Now().Add(2 * stepLimit))
+	if err := c.Send(handover.Message{Body: hello{takeoverVersion, lastingOf(setup.Config), setup.decidedBy(), setup.Config.Intercept.Drain}}); err != nil {
+		return nil, err
+	}
+	e := &estate{}
+	m, err := c.Receive(e)
+	if err != nil {
+		return nil, fmt.Errorf("daemon: the one that serves: %w", err)
+	}
+	e.files, e.log = m.Files, m.Blob
+	switch {
+	case e.Refused != "":
+		e.close()
+		return nil, &RefusedError{e.Refused, e.Files}
+	case e.Version != takeoverVersion || len(e.files) != len(e.Names) || e.hold() == nil:
+		e.close()
+		return nil, fmt.Errorf("daemon: what was handed over makes no sense (version %d, %d descriptors)", e.Version, len(e.files))
+	}
+	d, err := inherit(setup, log, e)
+	e.close()
+	if err == nil {
+		if err = c.say(wordPrepared); err == nil {
+			err = c.hear(wordGo)
+		}
+		if err != nil {
+			d.release(true)
+		}
+	} else {
+		c.Send(handover.Message{Body: words{Failed: err.Error()}})
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.pid = e.Pid
+	d.before = &predecessor{call: c, now: []Carrier{{Pid: e.Pid}}, pinned: e.Pinned}
+	if os.Getenv("NOTIFY_SOCKET") == "" && e.Notify != "" {
+		os.Setenv("NOTIFY_SOCKET", e.Notify)
+	}
+	log.Info("took over", "pid", e.Pid)
+	return d, nil
+}
+
+// inherit takes what belongs to the rooms that are there by now, and returns
+// what Plan.Readmit shall be: what the kernel lets pass by name stays as far as
+// the rules say so.
+func (d *Daemon) inherit(e *estate, plan *gateway.Plan) ([]redirect.Admission, error) {
+	if e.hold() == nil {
+		return d.setup.readmitAtStart(), nil
+	}
+	d.unanswered = e.unanswered()
+	for _, a := range e.Pinned {
+		d.names.Pin(a)
+	}
+	d.gateway.Remember(e.Admitted)
+	if e.Rules == d.setup.decidedBy() {
+		return nil, nil
+	}
+	inForce, err := d.inForce()
+	if err != nil {
+		return nil, err
+	}
+	return toKernel(d.gateway.Readmit(plan, inForce)), nil
+}
+
+// disown leaves everything that was inherited to the process that had it.
+func (d *Daemon) disown() {
+	if d.kernel != nil {
+		d.kernel.Release()
+	}
+	if d.names != nil {
+		d.names.Release()
+	}
+	if u, ok := d.socket.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
+	for _, s := range d.unanswered.streams {
+		s.Conn.Close()
+	}
+}
+
+// predecessor is the process that this one has taken over from, and what it
+// still carries. A nil one has ended.
+type predecessor struct {
+	call   *call
+	pinned []netip.Addr // names that its flows need
+
+	mu   sync.Mutex
+	now  []Carrier
+	over bool
+}
+
+func (p *predecessor) ended() bool {
+	if p == nil {
+		return true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.over
+}
+
+// carriers is what it last said, those before it included.
+func (p *predecessor) carriers() []Carrier {
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.now
+}
+
+// tell tells it by which rules flows are decided from now on.
+func (p *predecessor) tell(rules string) {
+	if p.ended() {
+		return
+	}
+	p.call.SetWriteDeadline(time.Now().Add(stepLimit))
+	p.call.Send(handover.Message{Body: ruling{rules}}) // its end is heard by watch
+}
+
+// watch hears what the predecessor still carries until it ends. Then the names
+// that its flows needed may be given up.
+func (d *Daemon) watch(ctx context.Context) error {
+	p := d.before
+	stop := context.AfterFunc(ctx, func() { p.call.Close() })
+	defer stop()
+	defer p.call.Close()
+	for {
+		var r report
+		if _, err := p.call.Receive(&r); err != nil {
+			break
+		}
+		p.mu.Lock()
+		p.now = r.Carriers
+		p.mu.Unlock()
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	p.mu.Lock()
+	p.over, p.now = true, nil
+	p.mu.Unlock()
+	for _, a := range p.pinned {
+		d.names.Unpin(a)
+	}
+	d.log.Info("the process before this one has ended", "pid", p.call.pid)
+	return nil
+}
