@@ -1,0 +1,308 @@
+// Package convert reads the configurations of older SOCKS clients and writes
+// what they say in the language of pkg/routes.
+//
+// It promises that what it writes is read by routes.Parse without an error,
+// that each line of the old file has its fate told (kept, changed and how,
+// refused and why), and that nothing is guessed: what the language cannot say is
+// refused and stands in the output as a comment. Each system's own rule for what
+// nothing matches is written out. User names and passwords are never copied.
+//
+// The grammars are those of Hummingbird's socks.cnf, CSTC's socks.conf(5) of
+// SOCKS version 4, NEC's libsocks5.conf, Dante's socks.conf(5) 1.4, and of
+// proxychains.conf, tsocks.conf(5) and redsocks.conf.
+package convert
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"unicode"
+
+	"github.com/tproxyd/tproxyd/pkg/routes"
+)
+
+// Format is a language that can be read.
+type Format string
+
+// The formats.
+const (
+	Hummingbird Format = "hummingbird" // socks.cnf of the SOCKS Client
+	CSTC        Format = "cstc"        // socks.conf(5) of SOCKS version 4
+	NEC         Format = "nec"         // libsocks5.conf of runsocks
+	Dante       Format = "dante"       // socks.conf(5) of socksify
+	Proxychains Format = "proxychains" // proxychains.conf
+	Tsocks      Format = "tsocks"      // tsocks.conf(5)
+	Redsocks    Format = "redsocks"    // redsocks.conf
+)
+
+// readers read a file into a builder.
+var readers = map[Format]func(*builder, string){
+	Hummingbird: (*builder).hummingbird, CSTC: (*builder).cstc, NEC: (*builder).nec, Dante: (*builder).dante,
+	Proxychains: (*builder).proxychains, Tsocks: (*builder).tsocks, Redsocks: (*builder).redsocks,
+}
+
+// Formats returns the names of all formats, sorted.
+func Formats() (names []string) {
+	for f := range readers {
+		names = append(names, string(f))
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Fate is what became of a line.
+type Fate uint8
+
+// The fates.
+const (
+	Kept    Fate = iota // it says the same
+	Changed             // it says it otherwise, or not quite the same
+	LeftOut             // it has no meaning here, and no flow is decided otherwise without it
+	Refused             // it cannot be said; flows that it decided are decided by what follows
+	Added               // no line says it, but the client did it
+	Note                // for whoever reads the result
+)
+
+// String returns the word for the fate.
+func (f Fate) String() string {
+	return [...]string{"kept", "changed", "left out", "refused", "added", "note"}[f]
+}
+
+// Entry is the fate of a line of the old file.
+type Entry struct {
+	Line int // from 1; 0: the file as a whole
+	Fate Fate
+	Text string // what was made of it, how it was changed, or why it was refused
+}
+
+// Result is what became of a file.
+type Result struct {
+	Rules  []byte  // a file of rules; routes.Parse finds no error in it
+	Report []Entry // in the order of lines, those about the whole file last
+}
+
+// Refused tells whether a line was.
+func (r *Result) Refused() bool {
+	return slices.ContainsFunc(r.Report, func(e Entry) bool { return e.Fate == Refused })
+}
+
+// maxSize is how many bytes of a file are read.
+const maxSize = 16 << 20
+
+// Convert reads a file of a format. The error is one of reading, or says that
+// there is no such format; whatever is wrong with the text is in the report.
+func Convert(f Format, in io.Reader) (*Result, error) {
+	read := readers[f]
+	if read == nil {
+		return nil, fmt.Errorf("convert: no format %q; there are %s", f, strings.Join(Formats(), ", "))
+	}
+	text, err := io.ReadAll(io.LimitReader(in, maxSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("convert: %w", err)
+	}
+	if len(text) > maxSize {
+		return nil, errors.New("convert: the file is larger than 16 MiB")
+	}
+	b := &builder{}
+	b.comment("converted from " + string(f) + "; what is refused stands as a comment")
+	read(b, strings.TrimPrefix(string(text), "\ufeff"))
+	return b.result(), nil
+}
+
+// builder collects what is written, and the fates.
+type builder struct {
+	out    []output
+	report []Entry
+	known  map[string]bool // servers that have a SERVER line
+}
+
+// output is a line of the result.
+type output struct {
+	text   string
+	line   int  // of the old file; 0: of none
+	fate   Fate // unless the language refuses the text
+	how    string
+	origin string // as the old file has it
+}
+
+// source is a line of the old file.
+type source struct {
+	line int
+	text string
+}
+
+// comment writes a line that decides nothing.
+func (b *builder) comment(text string) {
+	b.out = append(b.out, output{text: strings.TrimRightFunc("# "+printable(text), unicode.IsSpace)})
+}
+
+// write writes what a line says. How it was changed is empty if it was not.
+func (b *builder) write(s source, text, how string) {
+	fate := Kept
+	if how != "" {
+		fate = Changed
+	}
+	b.out = append(b.out, output{text: text, line: s.line, fate: fate, how: how, origin: s.text})
+}
+
+// add writes what no line says alone.
+func (b *builder) add(text, why string) {
+	b.out = append(b.out, output{text: text, fate: Added, how: why})
+}
+
+// refuse tells why a line cannot be said, and keeps it as a comment.
+func (b *builder) refuse(s source, format string, args ...any) {
+	b.comment("refused: " + s.text)
+	b.report = append(b.report, Entry{s.line, Refused, fmt.Sprintf(format, args...)})
+}
+
+// leaveOut tells why a line is not needed.
+func (b *builder) leaveOut(s source, format string, args ...any) {
+	b.report = append(b.report, Entry{s.line, LeftOut, fmt.Sprintf(format, args...)})
+}
+
+// note tells of something that holds for a line, or with line 0 for the file.
+func (b *builder) note(line int, format string, args ...any) {
+	b.report = append(b.report, Entry{line, Note, fmt.Sprintf(format, args...)})
+}
+
+// result asks the language about each line that was written. One that it does
+// not take is refused with what it says, and all are asked again, since others
+// may lean on it.
+func (b *builder) result() *Result {
+	for i := range b.out {
+		if why := unsafe(b.out[i].text); why != "" {
+			b.reject(i, why)
+		}
+	}
+	for {
+		_, diags := routes.Parse("", bytes.NewReader(b.text()), routes.Options{Open: noFiles})
+		if !diags.HasErrors() {
+			for _, d := range diags {
+				b.note(b.out[d.Line-1].line, "%s: %s", b.out[d.Line-1].text, d.Msg)
+			}
+			break
+		}
+		for _, d := range diags {
+			if i := d.Line - 1; d.Severity == routes.Error && i < len(b.out) && b.out[i].text[0] != '#' {
+				b.reject(i, d.Msg)
+			}
+		}
+	}
+	for _, o := range b.out {
+		if o.text[0] == '#' {
+			continue
+		}
+		text := o.text
+		if o.how != "" {
+			text += ": " + o.how
+		}
+		b.report = append(b.report, Entry{o.line, o.fate, text})
+	}
+	slices.SortStableFunc(b.report, func(x, y Entry) int {
+		if x.Line == 0 || y.Line == 0 {
+			return cmp.Compare(y.Line, x.Line)
+		}
+		return cmp.Compare(x.Line, y.Line)
+	})
+	return &Result{Rules: b.text(), Report: b.report}
+}
+
+// reject turns a line that was written into a comment.
+func (b *builder) reject(i int, why string) {
+	o := &b.out[i]
+	text := o.origin
+	if text == "" {
+		text = o.text
+	}
+	b.report = append(b.report, Entry{o.line, Refused, why})
+	o.text = "# refused: " + printable(text)
+}
+
+func (b *builder) text() []byte {
+	var t bytes.Buffer
+	for _, o := range b.out {
+		t.WriteString(o.text + "\n")
+	}
+	return t.Bytes()
+}
+
+func noFiles(path string) (io.ReadCloser, error) { return nil, errors.New("no file is read") }
+
+// unsafe tells why a line would not be read as the one statement that it was
+// written as; empty: it would.
+func unsafe(text string) string {
+	switch {
+	case strings.HasPrefix(text, "#"):
+		return ""
+	case strings.ContainsFunc(text, func(r rune) bool { return r != '\t' && unicode.IsControl(r) || r == unicode.ReplacementChar }):
+		return "it has characters that are not of a text"
+	case strings.HasSuffix(text, `\`):
+		return `a \ at its end would continue it on the next line`
+	}
+	for _, w := range strings.Fields(text) {
+		if w[0] == '#' {
+			return fmt.Sprintf("%q would begin a comment", w)
+		}
+	}
+	return ""
+}
+
+// maxComment is how many characters of a refused line are kept.
+const maxComment = 400
+
+// printable makes one line of text that is safe in a comment.
+func printable(text string) string {
+	clean := strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == unicode.ReplacementChar {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, " "))
+	if r := []rune(clean); len(r) > maxComment {
+		clean = string(r[:maxComment]) + "…"
+	}
+	return clean
+}
+
+// lines calls f for each line that is not blank, with its words.
+func lines(text string, f func(s source, words []string)) {
+	for i, line := range strings.Split(text, "\n") {
+		line = strings.TrimRight(line, " \t\r")
+		if words := strings.Fields(line); len(words) > 0 {
+			f(source{i + 1, line}, words)
+		}
+	}
+}
+
+// commented keeps a line that is a comment.
+func (b *builder) commented(s source) bool {
+	if s.text[0] != '#' {
+		return false
+	}
+	b.comment(strings.TrimSpace(strings.TrimLeft(s.text, "#")))
+	return true
+}
+
+// server writes a SERVER line for one that needs a user name and password, once,
+// and returns what stands for it in a list.
+func (b *builder) server(s source, name, endpoint, options, credential string) string {
+	if b.known[name] {
+		return name
+	}
+	if b.known == nil {
+		b.known = map[string]bool{}
+	}
+	b.known[name] = true
+	how := ""
+	if credential != "" {
+		options += " credential=" + credential
+		how = fmt.Sprintf("the user name and password go into credentials.toml, mode 0600: [%s] username = \"…\" password = \"…\"", credential)
+	}
+	b.out = append(b.out, output{text: strings.TrimSpace("SERVER " + name + " " + endpoint + options), line: s.line, fate: Added, how: how, origin: "SERVER " + name})
+	return name
+}
