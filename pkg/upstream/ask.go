@@ -114,13 +114,16 @@ func (p *Pool) on(t *talk, proto Protocol, s *Server, h *health, r Request, ahea
 	return h.carries(c), nil
 }
 
-// carries counts a flow in.
+// carries counts a flow in, at the server and at those before it.
 func (h *health) carries(c *Carried) *Carried {
-	h.flows.Add(1)
+	for s := c.Server; s != nil; s = s.Via {
+		h := h.p.of(s)
+		h.flows.Add(1)
+		c.by = append(c.by, h)
+	}
 	h.mu.Lock()
 	h.carried++
 	h.mu.Unlock()
-	c.h = h
 	return c
 }
 

@@ -310,6 +310,44 @@ func TestLimits(t *testing.T) {
 	})
 }
 
+// TestLimitsOfHops: a flow through a chain is one of each of its servers, and who
+// has enough of them is not at fault.
+func TestLimitsOfHops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hop := &Server{Name: "hop", Addr: serverA.Addr, MaxFlows: 1}
+		chain := &Server{Name: "hop>last", Addr: serverB.Addr, Via: hop}
+		l := &lab{hosts: map[string]behaviour{addrA: says(chosen5, granted, chosen5, granted)}}
+		p := l.pool(t, Options{})
+		g := &Group{Servers: []*Server{chain}}
+		first, err := p.Connect(t.Context(), g, Request{To: target})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer first.Conn.Close()
+		want := func(when string, flows int64) {
+			t.Helper()
+			for _, s := range p.Status([]*Server{hop, chain}) {
+				if s.Flows != flows || !s.Up || s.Faults != 0 {
+					t.Errorf("%s: %+v, want %d flows", when, s, flows)
+				}
+			}
+		}
+		want("carried", 1)
+		if _, err := p.Connect(t.Context(), g, Request{To: target}); err == nil || !strings.Contains(err.Error(), "busy: 1 flows") {
+			t.Error(err)
+		}
+		want("busy", 1)
+		first.Done()
+		want("over", 0)
+		second, err := p.Connect(t.Context(), g, Request{To: target})
+		if err != nil {
+			t.Fatal(err)
+		}
+		second.Done()
+		second.Conn.Close()
+	})
+}
+
 // TestConnectTogether has many flows at once fail over, for the race detector.
 func TestConnectTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -48,6 +48,9 @@ func judge(err error) verdict {
 			return unknown
 		}
 	}
+	if errors.Is(err, errBusy) {
+		return unknown
+	}
 	var none *noUDP
 	if errors.As(err, &none) { // also of a server on the way
 		if none.asked {

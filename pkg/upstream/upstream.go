@@ -266,14 +266,17 @@ type Request struct {
 type Carried struct {
 	Conn   net.Conn // what Options.Dial returned, or TLS over it; the flow's bytes follow
 	Server *Server
-	Sent   int // how many bytes of Request.Early the server has had
-	h      *health
+	Sent   int       // how many bytes of Request.Early the server has had
+	by     []*health // servers that count it, the last of a chain first
 }
 
 // Done says that the flow is over. On nil it does nothing.
 func (c *Carried) Done() {
-	if c != nil && c.h != nil {
-		c.h.left()
+	if c == nil {
+		return
+	}
+	for _, h := range c.by {
+		h.left()
 	}
 }
 
