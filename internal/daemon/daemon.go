@@ -125,11 +125,12 @@ func (d *Daemon) open(e *estate) (err error) {
 		DialRemote: func(ctx context.Context, name string, a fakedns.Asker, resolver netip.AddrPort) (net.Conn, error) {
 			return d.gateway.DialRemote(ctx, name, a, resolver)
 		},
-		Dial:      d.dialMarked,
-		Resolvers: d.setup.resolvers(),
-		Own:       d.ownAddr,
-		Interface: askerInterface,
-		Log:       part("fakedns"),
+		Dial:        d.dialMarked,
+		Resolvers:   d.setup.resolvers(),
+		ResolversOf: func(name string) []netip.AddrPort { return d.gateway.Plan().Table().Resolvers(name) },
+		Own:         d.ownAddr,
+		Interface:   askerInterface,
+		Log:         part("fakedns"),
 	}); err != nil {
 		return err
 	}

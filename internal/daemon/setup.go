@@ -60,6 +60,10 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if c.Intercept.DNS {
 		diags = append(diags, rulesOfPort53(t)...)
 	}
+	diags = append(diags, syntheticResolvers(t, c)...)
+	if diags.HasErrors() {
+		return nil, diags
+	}
 	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t)}, diags
 }
 
@@ -91,6 +95,20 @@ func LoadClosed(path string) (*Setup, routes.Diagnostics) {
 	}
 	t, more := routes.ParseFile(c.Routes, routes.Options{})
 	return &Setup{Config: c, Table: t, host: readHostDNS(resolvConf)}, append(diags, more...)
+}
+
+// syntheticResolvers reports resolvers of via= that no question can come to: their
+// addresses stand for names.
+func syntheticResolvers(t *routes.Table, c *config.Config) (diags routes.Diagnostics) {
+	t.AllResolvers(func(a netip.AddrPort, file string, line int) {
+		if c.DNS.Pool4.Contains(a.Addr()) || c.DNS.Pool6.Contains(a.Addr()) {
+			diags = append(diags, routes.Diagnostic{
+				File: file, Line: line, Col: 1, Severity: routes.Error, Code: "E14",
+				Msg: fmt.Sprintf("resolver %s is in the pool of synthetic addresses, whose questions come here: a loop; see [dns] in %s", a, c.Path),
+			})
+		}
+	})
+	return diags
 }
 
 // rulesOfPort53 warns of rules that no flow can come to (R9): with dns = true

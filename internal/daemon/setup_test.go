@@ -57,6 +57,9 @@ func TestLoad(t *testing.T) {
 		{"all well", map[string]string{
 			"tproxyd.toml": named + "[intercept]\nlocal = true\n", "credentials.toml": credentials, "socks.cnf": "SERVER a 10.0.3.1 credential=office\nSOCKD5 @=a *",
 		}, nil},
+		{"a resolver that stands for a name", map[string]string{
+			"tproxyd.toml": "[intercept]\nlocal = true\n", "socks.cnf": "DIRECT *\nRESOLVE local *.a.example via=10.0.0.53,198.18.0.53\nRESOLVE local * via=[fd74:7072:6f78::53]",
+		}, []string{"socks.cnf:2 E14", "socks.cnf:3 E14"}},
 		{"rules and credentials", map[string]string{
 			"tproxyd.toml": named, "credentials.toml": "[office]\nuser = 1\n", "socks.cnf": "DIRCET *\nDENY *\nDENY * eq 0",
 		}, []string{"socks.cnf:1 E01", "socks.cnf:3 E09", "credentials.toml:"}},

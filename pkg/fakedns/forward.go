@@ -70,6 +70,17 @@ func (f *forwarder) setResolvers(list []netip.AddrPort) {
 	f.cache.Purge()
 }
 
+// of returns the resolvers that are asked for a name, which may be of any case and
+// have a final dot; all are those that are asked for all other names.
+func (f *forwarder) of(name string, all []netip.AddrPort) []netip.AddrPort {
+	if f.o.ResolversOf != nil {
+		if own := f.o.ResolversOf(strings.ToLower(strings.TrimSuffix(name, "."))); len(own) > 0 {
+			return own
+		}
+	}
+	return all
+}
+
 func (f *forwarder) forget() { f.cache.Purge() }
 
 func keyOf(req *dns.Msg) cacheKey {
@@ -83,7 +94,7 @@ var errNoResolver = errors.New("fakedns: no resolver is known; set [dns] resolve
 // exchange returns what the resolvers say to req. The message is the caller's.
 func (f *forwarder) exchange(ctx context.Context, req *dns.Msg, a Asker) (*dns.Msg, error) {
 	if req.Opcode != dns.OpcodeQuery || req.Question[0].Qtype == dns.TypeAXFR || req.Question[0].Qtype == dns.TypeIXFR {
-		return f.ask(ctx, req, *f.resolvers.Load())
+		return f.ask(ctx, req, f.of(req.Question[0].Name, *f.resolvers.Load()))
 	}
 	key := keyOf(req)
 	if m := f.fromCache(key); m != nil {
@@ -112,7 +123,7 @@ func (f *forwarder) exchange(ctx context.Context, req *dns.Msg, a Asker) (*dns.M
 	f.mu.Unlock()
 
 	resolvers := f.resolvers.Load()
-	c.msg, c.err = f.ask(ctx, req, *resolvers)
+	c.msg, c.err = f.ask(ctx, req, f.of(key.name, *resolvers))
 	f.mu.Lock()
 	if c.err == nil && resolvers == f.resolvers.Load() {
 		f.keep(key, c.msg)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -235,6 +236,43 @@ func TestSetResolvers(t *testing.T) {
 	})
 }
 
+// TestResolversOf: names that have resolvers of their own are asked of those
+// alone, here and through a server.
+func TestResolversOf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeNet{at: map[string]func(string, *dns.Msg) *dns.Msg{resolver1.String(): byZone, resolver2.String(): byZone, resolver3.String(): failing}}
+		remote := make(chan netip.AddrPort, 1)
+		s := newServer(t, Options{
+			Dial: f.Dial,
+			ResolversOf: func(name string) []netip.AddrPort {
+				if strings.HasPrefix(name, "own") {
+					return []netip.AddrPort{resolver3, resolver2}
+				}
+				return nil
+			},
+			DialRemote: func(ctx context.Context, _ string, _ Asker, r netip.AddrPort) (net.Conn, error) {
+				remote <- r
+				return f.Dial(ctx, "tcp", resolver2.String())
+			},
+		})
+		query(t, s, client, new(dns.Msg).SetQuestion("a.real.", dns.TypeA))
+		query(t, s, client, new(dns.Msg).SetQuestion("OWN.real.", dns.TypeA))
+		if got, want := f.take(), []string{"udp 192.0.2.53:53 a.real.", "udp 192.0.2.55:53 own.real.", "udp 192.0.2.54:53 own.real."}; !slices.Equal(got, want) {
+			t.Errorf("asked %q, want %q", got, want)
+		}
+		if _, err := s.Resolve(t.Context(), "own2.real"); err != nil {
+			t.Error(err)
+		}
+		if got := f.take(); slices.ContainsFunc(got, func(a string) bool { return strings.Contains(a, "192.0.2.53:") }) {
+			t.Errorf("the host itself asked %q", got)
+		}
+		query(t, s, client, new(dns.Msg).SetQuestion("own.syn.", dns.TypeTXT))
+		if r := <-remote; r != resolver3 {
+			t.Errorf("remote resolver %v", r)
+		}
+	})
+}
+
 func TestRemoteResolvers(t *testing.T) {
 	own := netip.MustParseAddr("192.0.2.54")
 	tests := []struct {
@@ -257,7 +295,7 @@ func TestRemoteResolvers(t *testing.T) {
 		s := newServer(t, Options{Own: func(a netip.Addr) bool { return a == own }})
 		s.SetResolvers(list)
 		server, _ := netip.ParseAddrPort(tt.a)
-		if got := fmt.Sprint(s.remoteResolvers(Asker{Server: server})); got != tt.want {
+		if got := fmt.Sprint(s.remoteResolvers("www.example.org", Asker{Server: server})); got != tt.want {
 			t.Errorf("%v, asked %s: %s, want %s", tt.list, tt.a, got, tt.want)
 		}
 	}

@@ -150,7 +150,7 @@ func (s *Server) remote(ctx context.Context, req *dns.Msg, name string, a Asker)
 		return s.fail(req, errors.New("fakedns: no way through a server"))
 	}
 	err := errors.New("fakedns: no resolver that a server could reach")
-	for _, r := range s.remoteResolvers(a) {
+	for _, r := range s.remoteResolvers(name, a) {
 		var conn net.Conn
 		if conn, err = s.o.DialRemote(ctx, name, a, r); err != nil {
 			continue
@@ -174,8 +174,8 @@ func isAddress(rr dns.RR) bool {
 
 // remoteResolvers are those that make sense from elsewhere: ours, but those on
 // this host itself; without any, the one that the client asked.
-func (s *Server) remoteResolvers(a Asker) (list []netip.AddrPort) {
-	for _, r := range *s.fwd.resolvers.Load() {
+func (s *Server) remoteResolvers(name string, a Asker) (list []netip.AddrPort) {
+	for _, r := range s.fwd.of(name, *s.fwd.resolvers.Load()) {
 		if !r.Addr().IsLoopback() && !s.o.Own(r.Addr()) {
 			list = append(list, r)
 		}

@@ -58,8 +58,12 @@ type Options struct {
 	DialRemote func(ctx context.Context, name string, a Asker, resolver netip.AddrPort) (net.Conn, error)
 	// Dial connects to a resolver from this host.
 	Dial      func(ctx context.Context, network, addr string) (net.Conn, error)
-	Resolvers []netip.AddrPort      // at first; see SetResolvers
-	Own       func(netip.Addr) bool // is it an address of this host? nil: none is
+	Resolvers []netip.AddrPort // at first; see SetResolvers
+	// ResolversOf returns those that are asked for a name (lower case, no final
+	// dot) in place of the others; nil, also as a result: there are none. A change
+	// of what it says needs SetResolvers or Reset.
+	ResolversOf func(name string) []netip.AddrPort
+	Own         func(netip.Addr) bool // is it an address of this host? nil: none is
 	// Interface tells by which interface a client's TCP connection came in, as
 	// Asker.IfIndex; a client of which it cannot is not answered. nil: 0.
 	Interface func(*net.TCPConn) (int, error)

@@ -123,7 +123,7 @@ func (t *Table) resolvedHere(r *Rule, left *int) (by *resolveRule) {
 		return nil
 	}
 	local := func(names resolveRule) bool {
-		for _, e := range t.resolves {
+		for _, e := range t.resolves.list {
 			if *left--; *left < 0 {
 				break
 			}

@@ -336,37 +336,6 @@ const (
 	ResolveLocalFirst                    // by this host if it can
 )
 
-// resolveRule is a RESOLVE line.
-type resolveRule struct {
-	mode   ResolveMode
-	file   string
-	line   int
-	all    bool
-	name   string // exact
-	suffix string // of "*.suffix"
-}
-
-func (r *resolveRule) matches(name string) bool {
-	switch {
-	case r.all:
-		return true
-	case r.suffix != "":
-		return below(name, r.suffix)
-	}
-	return name == r.name
-}
-
-// covers tells whether r matches every name that later does.
-func (r *resolveRule) covers(later *resolveRule) bool {
-	switch {
-	case r.all || later.all:
-		return r.all
-	case later.suffix != "":
-		return r.suffix != "" && (later.suffix == r.suffix || below(later.suffix, r.suffix))
-	}
-	return r.matches(later.name)
-}
-
 // below tells whether name is a name below domain (not the domain itself).
 func below(name, domain string) bool {
 	n := len(name) - len(domain)

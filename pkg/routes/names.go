@@ -101,7 +101,23 @@ func privateReverse(name string) bool {
 // which Src and InIf count (R1, R4, R5, R15). The name must be lower case,
 // without a final dot.
 func (t *Table) Name(name string, client flow.Flow, local LocalNames) NameVerdict {
-	mode, line := t.resolveMode(name)
+	v := t.nameVerdict(name, client, local)
+	switch line := t.resolves.of(name); {
+	case line == nil || line.via == nil || v.Kind == Refused || v.Kind == NXDomain:
+	case v.Kind == Synthetic:
+		v.Why += "; if this host has to ask for it, it asks " + line.asks()
+	default:
+		v.Why += "; asked is " + line.asks()
+	}
+	return v
+}
+
+func (t *Table) nameVerdict(name string, client flow.Flow, local LocalNames) NameVerdict {
+	line := t.resolves.of(name)
+	mode := ResolveRemote
+	if line != nil {
+		mode = line.mode
+	}
 	all := t.candidates(name)
 	rules := forClient(all, &client)
 	v := NameVerdict{Rule: rules[0]}
@@ -154,18 +170,6 @@ func (t *Table) Name(name string, client flow.Flow, local LocalNames) NameVerdic
 		v.Why = proxied.Position() + " has servers"
 	}
 	return v
-}
-
-func (r *resolveRule) position() string { return r.file + ":" + strconv.Itoa(r.line) }
-
-// resolveMode returns the first RESOLVE line that matches; nil: there is none.
-func (t *Table) resolveMode(name string) (ResolveMode, *resolveRule) {
-	for _, r := range t.resolves {
-		if r.matches(name) {
-			return r.mode, r
-		}
-	}
-	return ResolveRemote, nil
 }
 
 // Scope is a part of what an address can be asked.

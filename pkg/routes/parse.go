@@ -351,45 +351,6 @@ func (l *line) defaultAction(t token) {
 	l.defaultRule = r
 }
 
-func (l *line) resolve(t token) {
-	r := &resolveRule{file: l.file, line: t.line}
-	w, ok := l.word()
-	switch strings.ToLower(w.text) {
-	case "local":
-		r.mode = ResolveLocal
-	case "remote":
-		r.mode = ResolveRemote
-	case "local-then-remote":
-		r.mode = ResolveLocalFirst
-	default:
-		if ok {
-			l.errorf(w, "E29", "%q is no way to resolve; use local, remote or local-then-remote", w.text)
-		} else {
-			l.errorf(w, "E29", "RESOLVE local|remote|local-then-remote PATTERN")
-		}
-		return
-	}
-	w, ok = l.word()
-	if !ok {
-		l.errorf(w, "E02", "missing name or pattern after RESOLVE %s", l.tokens[1].text)
-		return
-	}
-	if w.text == "*" {
-		r.all = true
-	} else {
-		name, suffix, ok := l.pattern(w, w.text)
-		if !ok {
-			return
-		}
-		r.name, r.suffix = name, suffix
-	}
-	l.done()
-	if i := slices.IndexFunc(l.resolves, func(e *resolveRule) bool { return e.covers(r) }); i >= 0 {
-		l.warnf(l.tokens[0], "E22", "RESOLVE line can never match: covered by %s", l.resolves[i].position())
-	}
-	l.resolves = append(l.resolves, r)
-}
-
 // pairs reads KEY=VALUE words.
 func (l *line) pairs(t token, set func(t token, key, value string)) {
 	if len(l.rest) == 0 {

@@ -17,7 +17,7 @@ type Table struct {
 	rules     []*Rule // the last one is the DEFAULT
 	servers   []*Server
 	proxyName []Chain
-	resolves  []*resolveRule
+	resolves  *resolves
 	limits    Limits
 	health    Health
 
@@ -35,7 +35,7 @@ type Table struct {
 // build makes the Table of what was parsed.
 func (p *parser) build() *Table {
 	t := &Table{
-		servers: p.servers, proxyName: p.proxyName, resolves: p.resolves, limits: p.limits, health: p.health,
+		servers: p.servers, proxyName: p.proxyName, resolves: newResolves(p.resolves), limits: p.limits, health: p.health,
 		sources: p.reader.sources, listFiles: p.files,
 	}
 	last := p.defaultRule

@@ -34,18 +34,30 @@ type nameServer struct {
 // from records in zone file form. Unknown names are NXDOMAIN.
 func startNameServer(t testing.TB, h *host, addrs []string, records ...string) *nameServer {
 	t.Helper()
-	n := &nameServer{names: map[string]map[uint16][]dns.RR{}, silent: map[string]bool{}}
-	n.add(t, records...)
-	for _, a := range addrs {
-		at := net.JoinHostPort(a, "53")
-		for _, s := range []*dns.Server{
-			{PacketConn: h.listenPacket(t, "udp", at), Handler: n},
-			{Listener: h.listen(t, "tcp", at), Handler: n},
-		} {
-			go s.ActivateAndServe()
-		}
+	n := startNameServerAt(t, h, net.JoinHostPort(addrs[0], "53"), records...)
+	for _, a := range addrs[1:] {
+		n.serve(t, h, net.JoinHostPort(a, "53"))
 	}
 	return n
+}
+
+// startNameServerAt is startNameServer at one address and port.
+func startNameServerAt(t testing.TB, h *host, at string, records ...string) *nameServer {
+	t.Helper()
+	n := &nameServer{names: map[string]map[uint16][]dns.RR{}, silent: map[string]bool{}}
+	n.add(t, records...)
+	n.serve(t, h, at)
+	return n
+}
+
+func (n *nameServer) serve(t testing.TB, h *host, at string) {
+	t.Helper()
+	for _, s := range []*dns.Server{
+		{PacketConn: h.listenPacket(t, "udp", at), Handler: n},
+		{Listener: h.listen(t, "tcp", at), Handler: n},
+	} {
+		go s.ActivateAndServe()
+	}
 }
 
 // add adds records in zone file form.

@@ -2,6 +2,7 @@ package netns_test
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/miekg/dns"
@@ -72,6 +73,56 @@ SOCKD5 @=one *
 	}
 	if n := len(one.carriedBy("", "203.0.113.80.80")); n == 0 {
 		t.Errorf("danted logged nothing of it\n%s", one.log())
+	}
+}
+
+// TestResolveVia: names with resolvers of their own are asked of those, by this
+// host itself: marked as its own, whatever the rules say of the way there.
+func TestResolveVia(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	w.outsideDNS.add(t, "db.corp.example. 60 IN A "+insideAt, "six.corp6.example. 60 IN A "+insideAt)
+	odd := startNameServerAt(t, w.outside, outsideAt+":5353", "odd.example. 60 IN A "+insideAt)
+	d := serve(t, w.gateway, settings{local: true, routes: `SERVER one 198.51.100.11
+RESOLVE local *.corp.example via=203.0.113.53
+RESOLVE local *.corp6.example via=[2001:db8:3::53]
+RESOLVE local odd.example via=203.0.113.80:5353
+RESOLVE local direct.example
+DIRECT 198.51.100.0/24
+SOCKD5 @=one *
+`})
+	for _, test := range []struct {
+		name string
+		ns   *nameServer
+	}{{"db.corp.example", w.outsideDNS}, {"six.corp6.example", w.outsideDNS}, {"odd.example", odd}, {"direct.example", w.insideDNS}} {
+		for _, h := range []*host{w.client, w.gateway} {
+			if a := h.mustLookup(t, insideNS, test.name, dns.TypeA); a.String() != insideAt {
+				t.Errorf("%s: %s is %v", h.name, test.name, a)
+			}
+		}
+		for _, ns := range []*nameServer{w.insideDNS, w.outsideDNS, odd} {
+			asked := ns.questions(test.name)
+			if (len(asked) > 0) != (ns == test.ns) {
+				t.Errorf("%s: somebody else was asked: %v", test.name, asked)
+			}
+			for _, q := range asked {
+				if from := q.From.String(); from != wanAt && from != wanAt6 {
+					t.Errorf("%s was asked by %s, want by the gateway itself", test.name, from)
+				}
+			}
+		}
+	}
+	w.client.curl(t, "http://db.corp.example/via").fetched(t, clientAt)
+	if out := d.cli(t, "explain", "-c", d.config, "db.corp.example:80").ok(t).out; !strings.Contains(out, "asked is 203.0.113.53:53 (") {
+		t.Errorf("explain does not say who is asked:\n%s", out)
+	}
+	// Another line, another resolver, and nothing remembered of the one before.
+	w.insideDNS.add(t, "db.corp.example. 60 IN A "+outsideAt)
+	d.routes(t, "SERVER one 198.51.100.11\nRESOLVE local *.corp.example via=198.51.100.53\nSOCKD5 @=one *\n")
+	d.reload(t)
+	if a := w.client.mustLookup(t, insideNS, "db.corp.example", dns.TypeA); a.String() != outsideAt {
+		t.Errorf("after the reload db.corp.example is %v", a)
 	}
 }
 
