@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tproxyd/tproxyd/internal/handover"
+	"github.com/tproxyd/tproxyd/pkg/routes"
 )
 
 // This file is what remains of a daemon after another one has taken over: it
@@ -99,8 +100,12 @@ func (d *Daemon) obey(sum string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.before.tell(sum)
-	next, diags := d.setup.again()
-	if !diags.HasErrors() && next.decidedBy() == sum {
+	defer frugal()()
+	for _, read := range []func() (*Setup, routes.Diagnostics){d.setup.again, d.setup.relisted} {
+		next, diags := read()
+		if diags.HasErrors() || next.decidedBy() != sum {
+			continue
+		}
 		if plan, err := next.plan(); err == nil {
 			d.follow(next, plan)
 			d.setup = next

@@ -97,6 +97,9 @@ func (c *Conn) Send(m Message) error {
 		files = files[n:]
 	}
 	for _, b := range [][]byte{text, m.Blob} {
+		if len(b) == 0 {
+			continue // the other end may have all that it wants, and be gone
+		}
 		if _, err := c.c.Write(b); err != nil {
 			return fmt.Errorf("handover: %w", err)
 		}

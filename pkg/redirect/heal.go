@@ -122,12 +122,17 @@ func (e *event) empty() bool {
 // interface comes up, since one that went down may have taken routes with it.
 // What was put right is counted, and told to onEvent ("table", "rule", "route",
 // "mark", and "link NAME" for an interface of the plan that came up), which may
-// be nil and must not call the Redirect. Only one Heal may run.
+// be nil and must not call the Redirect. Only one Heal may run at a time.
 func (r *Redirect) Heal(ctx context.Context, onEvent func(what string)) error {
 	if onEvent == nil {
 		onEvent = func(string) {}
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	for _, c := range []*netlink.Conn{r.monitor.nft, r.monitor.route} {
+		if err := c.SetReadDeadline(time.Time{}); err != nil { // of a Heal before this one
+			return fmt.Errorf("redirect: monitor: %w", err)
+		}
+	}
 	stop := context.AfterFunc(ctx, func() {
 		past := time.Unix(1, 0)
 		r.monitor.nft.SetReadDeadline(past)
