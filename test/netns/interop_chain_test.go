@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -63,7 +64,7 @@ socks pass { from: 10.0.0.0/8 to: 192.168.100.0/24 log: connect error }`))
 }
 
 // TestChainMix: chains of servers that are asked in different protocols, the first
-// with a user.
+// with a user, one of them behind TLS or none.
 //
 //	client --> gateway --> socks1 --> socks2 --> outside
 func TestChainMix(t *testing.T) {
@@ -72,13 +73,16 @@ func TestChainMix(t *testing.T) {
 	for _, test := range []struct {
 		name     string
 		one, two func(testing.TB, *site) *process
-		kind     string // of one
+		how      string // of the SERVER line of one
 		action   string // for two
+		last     string // of the SERVER line of two
 	}{
-		{"HTTP > SOCKD5", interopTinyproxy("BasicAuth int " + interopPassword), dante, "http", "SOCKD5"},
-		{"SOCKD5 > HTTP", interopDante("username"), tiny, "socks5", "HTTP"},
-		{"SOCKD5 > SOCKD4A", interopDante("username"), interopSSH, "socks5", "SOCKD4A"},
-		{"HTTP > HTTP", interopV2ray("http", interopAccounts), tiny, "http", "HTTP"},
+		{"HTTP > SOCKD5", interopTinyproxy("BasicAuth int " + interopPassword), dante, "type=http", "SOCKD5", ""},
+		{"SOCKD5 > HTTP", interopDante("username"), tiny, "type=socks5", "HTTP", ""},
+		{"SOCKD5 > SOCKD4A", interopDante("username"), interopSSH, "type=socks5", "SOCKD4A", ""},
+		{"HTTP > HTTP", interopV2ray("http", interopAccounts), tiny, "type=http", "HTTP", ""},
+		{"TLS > SOCKD5", interopV2rayTLS("socks", `"auth": "password", `+interopAccounts), dante, "tls sni=proxy.example", "SOCKD5", ""},
+		{"HTTP > TLS", interopTinyproxy("BasicAuth int " + interopPassword), interopV2rayTLS("socks", ""), "type=http", "SOCKD5", "tls sni=proxy.example"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -87,10 +91,18 @@ func TestChainMix(t *testing.T) {
 			one, two := w.sites()
 			var servers [2]*process
 			servers[0], servers[1] = test.one(t, one), test.two(t, two)
+			trust := ""
+			switch {
+			case strings.HasPrefix(test.how, "tls"):
+				trust = one.dir + "/tls.crt"
+			case test.last != "":
+				trust = two.dir + "/tls.crt"
+			}
 			serve(t, w.gateway, settings{
-				routes: "SERVER one 198.51.100.11:1080 credential=int type=" + test.kind + "\n" +
-					"SERVER two 198.51.100.12:1080\n" + test.action + " @=one>two *\n",
+				routes: "SERVER one 198.51.100.11:1080 credential=int " + test.how + "\n" +
+					"SERVER two 198.51.100.12:1080 " + test.last + "\n" + test.action + " @=one>two *\n",
 				credentials: "[int]\nusername = \"int\"\npassword = \"" + interopPassword + "\"\n",
+				trust:       trust,
 			})
 			w.observe(t)
 
@@ -161,6 +173,10 @@ func TestChainUDP(t *testing.T) {
 				"SOCKD5 @=one>tcp " + outsideAt + " eq 1111\nSOCKD5 @=one>two *\n"})
 			w.observe(t)
 
+			probed := regexp.MustCompile(`(?m)^one>two +udp +yes  relay at 198\.51\.100\.11:\d+, and by it at 198\.51\.100\.12:\d+$`)
+			if out := d.cli(t, "check", "--probe", "-c", d.config).ok(t).out; !probed.MatchString(out) {
+				t.Errorf("check --probe:\n%s", out)
+			}
 			named := w.client.mustLookup(t, insideNS, "www.example.org", dns.TypeA).String()
 			for _, to := range []string{outsideAt, outsideAt6, named} {
 				c := w.client.connected(t, net.JoinHostPort(to, "7"))
