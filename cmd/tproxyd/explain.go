@@ -47,6 +47,7 @@ action with its servers as they are written in the rule.`,
 		if asJSON {
 			enc := json.NewEncoder(e.stdout)
 			enc.SetIndent("", "  ")
+			enc.SetEscapeHTML(false) // a>b is a chain
 			return failed(enc.Encode(x))
 		}
 		fmt.Fprint(e.stdout, x.text())

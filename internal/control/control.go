@@ -52,7 +52,8 @@ func Handler(o Options) http.Handler {
 			w.Header().Set("Content-Type", "application/json")
 			enc := json.NewEncoder(w)
 			enc.SetIndent("", "  ")
-			enc.Encode(value()) // the only error is a reader that left
+			enc.SetEscapeHTML(false) // a>b is a chain
+			enc.Encode(value())      // the only error is a reader that left
 		})
 	}
 	mux.HandleFunc("DELETE /flows/{id}", func(w http.ResponseWriter, r *http.Request) {
