@@ -60,6 +60,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if c.Intercept.DNS {
 		diags = append(diags, rulesOfPort53(t)...)
 	}
+	diags = append(diags, rulesOfOtherInterfaces(t, c)...)
 	diags = append(diags, syntheticResolvers(t, c)...)
 	if diags.HasErrors() {
 		return nil, diags
@@ -108,6 +109,20 @@ func syntheticResolvers(t *routes.Table, c *config.Config) (diags routes.Diagnos
 			})
 		}
 	})
+	return diags
+}
+
+// rulesOfOtherInterfaces warns of rules for interfaces whose flows are not taken.
+func rulesOfOtherInterfaces(t *routes.Table, c *config.Config) (diags routes.Diagnostics) {
+	for _, r := range t.Rules() {
+		taken := func(name string) bool { return slices.Contains(c.Intercept.Interfaces, name) }
+		if len(r.Ifs) > 0 && !slices.ContainsFunc(r.Ifs, taken) {
+			diags = append(diags, routes.Diagnostic{
+				File: r.File, Line: r.Line, Col: 1, Severity: routes.Warning, Code: "E22",
+				Msg: fmt.Sprintf("rule can never match: if=%s, but [intercept] interfaces in %s has it not", strings.Join(r.Ifs, ","), c.Path),
+			})
+		}
+	}
 	return diags
 }
 

@@ -57,6 +57,9 @@ func TestLoad(t *testing.T) {
 		{"all well", map[string]string{
 			"tproxyd.toml": named + "[intercept]\nlocal = true\n", "credentials.toml": credentials, "socks.cnf": "SERVER a 10.0.3.1 credential=office\nSOCKD5 @=a *",
 		}, nil},
+		{"rules for interfaces that are not taken", map[string]string{
+			"tproxyd.toml": "[intercept]\ninterfaces = [\"lan0\", \"lan1\"]\n", "socks.cnf": "DENY * eq 1 if=lan0\nDENY * eq 2 if=lan2,lan3\nDENY * eq 3 if=lan2,lan1",
+		}, []string{"socks.cnf:2 E22"}},
 		{"a resolver that stands for a name", map[string]string{
 			"tproxyd.toml": "[intercept]\nlocal = true\n", "socks.cnf": "DIRECT *\nRESOLVE local *.a.example via=10.0.0.53,198.18.0.53\nRESOLVE local * via=[fd74:7072:6f78::53]",
 		}, []string{"socks.cnf:2 E14", "socks.cnf:3 E14"}},

@@ -150,6 +150,22 @@ func (t *Table) resolvedHere(r *Rule, left *int) (by *resolveRule) {
 	return by
 }
 
+// alwaysDirect says why a rule that is not DIRECT can never match: all of its
+// addresses are DIRECT before all rules. Empty: not so.
+func alwaysDirect(r *Rule) (why string) {
+	if r.Action == Direct || !r.dest.noName() || len(r.dest.prefixes) == 0 {
+		return ""
+	}
+	for _, p := range r.dest.prefixes {
+		i := slices.IndexFunc(implicitPrefixes, func(e implicitPrefix) bool { return contains(e.prefix, p) })
+		if i < 0 {
+			return ""
+		}
+		why = implicitPrefixes[i].why
+	}
+	return why
+}
+
 // noStricterThan tells whether every flow that meets r's conditions meets e's.
 func (e *Rule) noStricterThan(r *Rule) bool {
 	switch {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -25,6 +26,7 @@ func (l *line) destination(t token) (d dest) {
 		return dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
 	case text[0] == '$':
 		if known := l.lists[text[1:]]; known != nil {
+			known.used = true
 			if d := known.dest; d.noName() && len(d.prefixes) == 0 {
 				l.warnf(t, "E22", "rule can never match: LIST %s is empty", text[1:])
 			}
@@ -32,7 +34,7 @@ func (l *line) destination(t token) (d dest) {
 			d.list = known
 			return d
 		}
-		l.errorf(t, "E12", "LIST %q is not defined", text[1:])
+		l.errorf(t, "E12", "LIST %q is not defined%s", text[1:], meant(text[1:], slices.Collect(maps.Keys(l.lists))))
 	case isAddressLike(text):
 		d.prefixes = l.addresses(t)
 		d.anyName = slices.ContainsFunc(d.prefixes, func(p netip.Prefix) bool { return p.Bits() == 0 }) // R3: any mask of length 0
@@ -99,13 +101,13 @@ func (l *line) mask(t token, p netip.Prefix, valid bool) (masked netip.Prefix, o
 		return p, false
 	}
 	m := l.rest[0]
-	if strings.Count(m.text, ".") != 3 || strings.Trim(m.text, "0123456789.") != "" {
+	if !strings.Contains(m.text, ".") || strings.Trim(m.text, "0123456789.") != "" {
 		return p, false
 	}
 	l.word()
 	a, err := netip.ParseAddr(m.text)
 	if err != nil {
-		l.errorf(m, "E05", "%q is not a mask", m.text)
+		l.errorf(m, "E05", "%q is not a mask%s", m.text, notAddress(m.text))
 		return p, true
 	}
 	ones, contiguous := maskLen(a)
@@ -170,7 +172,7 @@ func parsePrefix(text string) (netip.Prefix, error) {
 				return netip.Prefix{}, fmt.Errorf("%q is not an address (a NEC style prefix? write %s)", text, netip.PrefixFrom(a, 8*len(octets)))
 			}
 		}
-		return netip.Prefix{}, fmt.Errorf("%q is not an address", text)
+		return netip.Prefix{}, fmt.Errorf("%q is not an address%s", text, notAddress(head))
 	}
 	n := a.BitLen()
 	if hasLength {
@@ -349,7 +351,7 @@ func (l *line) port(t token, text string) (uint16, bool) {
 	if n, ok := lookupService(strings.ToLower(text)); ok {
 		return n, true
 	}
-	l.errorf(t, "E08", "port %q is neither a number nor a service in /etc/services", text)
+	l.errorf(t, "E08", "port %q is neither a number nor a service in /etc/services%s", text, meant(text, commonServices))
 	return 0, false
 }
 

@@ -4,9 +4,11 @@ import "strings"
 
 // list is what a LIST line defines.
 type list struct {
-	dest dest
-	file string
-	line int
+	dest      dest
+	file      string
+	line, col int // of its name
+	number    int // of the statement, for messages
+	used      bool
 }
 
 // list reads a LIST line.
@@ -18,7 +20,7 @@ func (l *line) list(t token) {
 	}
 	known := l.lists[name.text]
 	if known == nil {
-		known = &list{file: l.file, line: t.line}
+		known = &list{file: l.file, line: t.line, col: name.col, number: l.diags.current}
 		l.lists[name.text] = known
 	} else if known.file != l.file || known.line != t.line {
 		l.errorf(name, "E29", "LIST %s is given twice; the first is %s:%d", name.text, known.file, known.line)

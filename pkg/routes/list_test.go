@@ -162,6 +162,7 @@ func TestCoveredByLists(t *testing.T) {
 		"RESOLVE local www.a.example\nDENY $more":               "",
 	} {
 		_, ds := parse(lists+rules, files)
+		ds = slices.DeleteFunc(ds, func(d Diagnostic) bool { return d.Code == "W05" }) // not all are used
 		if got := strings.Join(short(ds), " "); got != want {
 			t.Errorf("%q:\n got %s\nwant %s\n%s", rules, got, want, ds.Error())
 		}

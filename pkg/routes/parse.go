@@ -105,6 +105,7 @@ type parser struct {
 
 	defined map[string]*Server // SERVER lines
 	servers []*Server          // these and those that rules spell out
+	numbers map[*Server]int    // of the statements of SERVER lines
 	inline  map[string]*Server
 	lists   map[string]*list
 	files   []string // of lists, each once
@@ -125,7 +126,7 @@ type parser struct {
 }
 
 func newParser(o Options) *parser {
-	p := &parser{open: o.Open, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}, given: map[string]bool{}}
+	p := &parser{open: o.Open, numbers: map[*Server]int{}, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}, given: map[string]bool{}}
 	if p.open == nil {
 		p.open = openFile
 	}
@@ -187,9 +188,6 @@ func directives() map[string]func(*line, token) {
 	return d
 }
 
-// foreign are first words of other programs' files.
-var foreign = []string{"socks4", "socks5", "noproxy", "route", "permit", "auth", "ban", "set", "interface", "internal:", "external:", "method:", "clientmethod:", "socksmethod:", "client", "pass", "block"}
-
 // table reads all statements and returns what they mean.
 func (p *parser) table() (*Table, Diagnostics) {
 	each := func(f func(l *line, t token, word string)) {
@@ -222,6 +220,7 @@ func (p *parser) table() (*Table, Diagnostics) {
 		}
 	})
 	p.resolvedHere()
+	p.unused()
 	p.diags.current = len(p.reader.statements) + 1
 	p.dangling()
 	t := p.build()
@@ -230,21 +229,6 @@ func (p *parser) table() (*Table, Diagnostics) {
 		return nil, ds
 	}
 	return t, ds
-}
-
-// unknown reports a first word that is none of words.
-func (l *line) unknown(t token, words []string) {
-	msg := fmt.Sprintf("unknown directive %q", t.text)
-	if w := closest(t.text, words); w != "" {
-		msg += fmt.Sprintf("; did you mean %s?", w)
-	}
-	for _, w := range foreign {
-		if strings.EqualFold(t.text, w) {
-			msg += `; this looks like a NEC or Dante file`
-			break
-		}
-	}
-	l.errorf(t, "E01", "%s", msg)
 }
 
 // done reports words after the end of a directive.

@@ -243,6 +243,11 @@ var optionForms = map[string]string{
 }
 
 func (l *line) unknownOption(t token, key string, hasValue bool) {
+	if operators[strings.ToLower(t.text)] != nil {
+		l.word() // the port
+		l.errorf(t, "E29", "%q is too much here: ports stand before the options", t.text)
+		return
+	}
 	words := slices.Sorted(maps.Keys(optionWords))
 	if w := closest(key, words); w != "" {
 		l.errorf(t, "E29", "unknown option %q; did you mean %s?", t.text, optionForms[w])
@@ -332,10 +337,11 @@ func (l *line) sources(t token, value string) (list []netip.Prefix) {
 		if name, ok := strings.CutPrefix(word, "$"); ok {
 			switch known := l.lists[name]; {
 			case known == nil:
-				l.errorf(t, "E12", "LIST %q is not defined", name)
+				l.errorf(t, "E12", "LIST %q is not defined%s", name, meant(name, slices.Collect(maps.Keys(l.lists))))
 			case len(known.dest.prefixes) == 0 || !known.dest.noName():
 				l.errorf(t, "E29", "LIST %s is not one of addresses alone", name)
 			default:
+				known.used = true
 				list = append(list, known.dest.prefixes...)
 			}
 			continue

@@ -1,6 +1,7 @@
 package routes
 
 import (
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -110,9 +111,13 @@ func (l *line) endpoint(t token, action Action) *Server {
 		names := slices.Sorted(maps.Keys(l.defined))
 		known := "there is no SERVER line"
 		if len(names) > 0 {
-			known = "SERVER lines: " + strings.Join(names, ", ")
+			const some = 8
+			known = "SERVER lines: " + strings.Join(names[:min(len(names), some)], ", ")
+			if len(names) > some {
+				known += fmt.Sprintf(" and %d more", len(names)-some)
+			}
 		}
-		l.errorf(t, "E12", "server %q is not defined (%s)", t.text, known)
+		l.errorf(t, "E12", "server %q is not defined (%s)%s", t.text, known, meant(t.text, names))
 		return nil
 	}
 	s := l.spelled(t, port)
@@ -190,7 +195,7 @@ func (l *line) server() {
 	if bad {
 		l.errorf(name, "E29", "%q cannot name a server: letters, digits, dots, dashes", name.text)
 	}
-	s := l.serverOptions(at)
+	s := l.serverOptions(name.text, at)
 	if s == nil || bad {
 		return
 	}
@@ -200,11 +205,12 @@ func (l *line) server() {
 		return
 	}
 	l.defined[name.text] = s
+	l.numbers[s] = l.diags.current
 	l.parser.servers = append(l.parser.servers, s)
 }
 
 // serverOptions reads what follows a SERVER's name.
-func (l *line) serverOptions(at token) *Server {
+func (l *line) serverOptions(name string, at token) *Server {
 	port := uint16(socksPort)
 	if slices.ContainsFunc(l.rest, func(t token) bool { return strings.EqualFold(t.text, "type=http") }) {
 		port = httpPort
@@ -281,9 +287,9 @@ func (l *line) serverOptions(at token) *Server {
 	}
 	switch {
 	case strings.EqualFold(auth.text, "auth=userpass") && s.Credential == "":
-		l.errorf(auth, "E20", "auth=userpass, but the server has no credential; add credential=NAME")
+		l.errorf(auth, "E20", "auth=userpass, but server %s has no credential; add credential=NAME", name)
 	case strings.EqualFold(auth.text, "auth=none") && s.Credential != "":
-		l.errorf(auth, "E20", "auth=none, but the server has a credential")
+		l.errorf(auth, "E20", "auth=none, but server %s has a credential", name)
 	}
 	if sni.text != "" && !s.TLS {
 		l.errorf(sni, "E29", "sni= without tls")

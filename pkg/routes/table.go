@@ -56,10 +56,16 @@ func (p *parser) build() *Table {
 	t.index = newIndex(t.rules)
 	left := maxSearch
 	for _, r := range t.rules {
+		if p.diags.wrong[r.number] {
+			continue // who knows what it shall match
+		}
 		p.diags.current = r.number
 		at := token{line: r.Line, col: r.col}
 		if by := p.coveredBy(t, r, &left); by != nil {
 			p.diags.add(r.File, at, Warning, "E22", "rule can never match: covered by %s: %s", by.Position(), by.Text)
+		}
+		if why := alwaysDirect(r); why != "" {
+			p.diags.add(r.File, at, Warning, "E22", "rule can never match: %s addresses are DIRECT before all rules", why)
 		}
 		if by := t.resolvedHere(r, &left); by != nil {
 			p.diags.add(r.File, at, Warning, "E22", "rule can never match: %s has its names resolved here, and then the address decides", by.position())
@@ -209,11 +215,14 @@ func (r *Rule) matchesClient(f *flow.Flow) bool {
 	return false
 }
 
-// The implicit rules: what is DIRECT before all rules, and why.
-var implicitPrefixes = []struct {
+// implicitPrefix is what is DIRECT before all rules.
+type implicitPrefix struct {
 	prefix netip.Prefix
 	why    string
-}{
+}
+
+// The implicit rules: what is DIRECT before all rules, and why.
+var implicitPrefixes = []implicitPrefix{
 	{netip.MustParsePrefix("127.0.0.0/8"), "loopback"},
 	{netip.MustParsePrefix("::1/128"), "loopback"},
 	{netip.MustParsePrefix("169.254.0.0/16"), "link-local"},
