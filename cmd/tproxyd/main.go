@@ -128,7 +128,7 @@ behind it are not touched.`),
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
-		serveCommand(e), checkCommand(e), explainCommand(e), convertCommand(e), reloadCommand(e), statusCommand(e), flowsCommand(e),
+		serveCommand(e), checkCommand(e), explainCommand(e), convertCommand(e), reloadCommand(e), statusCommand(e), flowsCommand(e), doctorCommand(e),
 		closeCommand(e), runCommand(e), attachCommand(e), cleanupCommand(e), demoCommand(e), versionCommand(e),
 	)
 	return root

@@ -200,7 +200,7 @@ func (d *Daemon) listen(e *estate, log *slog.Logger) (err error) {
 		}
 	}
 	for _, h := range redirect.Hindrances(d.mark) {
-		d.log.Warn(h)
+		d.log.Warn(h.What+": "+h.Why, "mend", h.Mend)
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/relay"
 	"github.com/tproxyd/tproxyd/pkg/upstream"
@@ -27,6 +28,37 @@ func (s *Setup) Probe(ctx context.Context) ([]ServerReport, error) {
 	if err != nil {
 		return nil, err
 	}
+	list := make([]ServerReport, len(plan.Servers()))
+	s.askAll(plan.Servers(), func(pool *upstream.Pool, i int, srv *upstream.Server) {
+		list[i] = ServerReport{srv.Name, pool.Probe(ctx, srv)}
+	})
+	return list, ctx.Err()
+}
+
+// Greeting is how a server answered.
+type Greeting struct {
+	Name string
+	Took time.Duration // until it had greeted, the connection included
+	Err  error         // why it did not; nil: it did
+}
+
+// Greet is Probe for the greeting alone.
+func (s *Setup) Greet(ctx context.Context) ([]Greeting, error) {
+	plan, err := s.plan()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]Greeting, len(plan.Servers()))
+	s.askAll(plan.Servers(), func(pool *upstream.Pool, i int, srv *upstream.Server) {
+		took, err := pool.Greet(ctx, srv)
+		list[i] = Greeting{srv.Name, took, err}
+	})
+	return list, ctx.Err()
+}
+
+// askAll calls ask for all servers at once, with a pool that connects as any
+// program of this host does, and waits.
+func (s *Setup) askAll(servers []*upstream.Server, ask func(pool *upstream.Pool, i int, srv *upstream.Server)) {
 	limits, health := s.Table.Limits(), s.Table.Health()
 	pool := upstream.New(upstream.Options{
 		Dial: func(ctx context.Context, from upstream.Local, to netip.AddrPort) (net.Conn, error) {
@@ -48,15 +80,13 @@ func (s *Setup) Probe(ctx context.Context) ([]ServerReport, error) {
 		ConnectTimeout:   limits.Connect,
 		HandshakeTimeout: limits.Handshake,
 		Probe:            health.Probe,
-	}, plan.Servers())
+	}, servers)
 	defer pool.Close()
-	list := make([]ServerReport, len(plan.Servers()))
 	var all sync.WaitGroup
-	for i, srv := range plan.Servers() {
-		all.Go(func() { list[i] = ServerReport{srv.Name, pool.Probe(ctx, srv)} })
+	for i, srv := range servers {
+		all.Go(func() { ask(pool, i, srv) })
 	}
 	all.Wait()
-	return list, ctx.Err()
 }
 
 // bindTo ties a socket to an interface.

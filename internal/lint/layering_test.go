@@ -32,13 +32,14 @@ var rooms = map[string]room{
 	"internal/netns":       {libs: []string{"golang.org/x/sys", "github.com/vishvananda"}},
 	"internal/watch":       {libs: []string{"golang.org/x/sys"}},
 	"internal/socksserver": {own: []string{"pkg/flow", "pkg/socks"}},
+	"internal/doctor":      {own: []string{"pkg/redirect", "internal/control"}, libs: []string{"github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	"internal/gateway":     {own: []string{"pkg"}},
 	"internal/daemon": {
 		own:  []string{"pkg", "internal/config", "internal/control", "internal/gateway", "internal/handover", "internal/watch"},
 		libs: []string{"github.com/coreos/go-systemd", "github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync", "golang.org/x/sys"},
 	},
 	"cmd/tproxyd": {
-		own:  []string{"pkg/flow", "pkg/routes", "pkg/redirect", "pkg/relay", "internal/config", "internal/control", "internal/daemon", "internal/netns", "internal/socksserver"},
+		own:  []string{"pkg/flow", "pkg/routes", "pkg/redirect", "pkg/relay", "internal/config", "internal/control", "internal/daemon", "internal/doctor", "internal/netns", "internal/socksserver"},
 		libs: []string{"github.com/spf13/cobra", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"},
 	},
 

@@ -12,45 +12,168 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
+// Hindrance is something of the host's own set-up that stops packets which a
+// Plan has us take or let pass.
+type Hindrance struct {
+	Check string // a word for its kind: input, forward, bridge, mark, rp_filter
+	What  string // what it is
+	Why   string // what it does to flows
+	Mend  string // a command line, or what to change
+}
+
+// String returns all of it as one sentence.
+func (h Hindrance) String() string { return h.What + ": " + h.Why + "; mend it by: " + h.Mend }
+
 // Hindrances looks for what of the host's own set-up would stop what a Plan
-// with these marks diverts, in the network namespace of the calling thread. Each
-// is a sentence that says what it is and what to do. It changes nothing; what it
-// cannot read it does not report.
-func Hindrances(m Marks) []string {
-	return append(append(inputChains(m), bridgeCalls()...), foreignMarks(m)...)
+// with these marks diverts, in the network namespace of the calling thread. It
+// changes nothing; what it cannot read it does not report.
+func Hindrances(m Marks) []Hindrance {
+	return slices.Concat(inputChains(m), bridgeCalls(), foreignMarks(m))
+}
+
+// DirectHindrances is the same for packets of named interfaces that are DIRECT,
+// which the host forwards: filters of others, and reverse paths that go by marks.
+func DirectHindrances(m Marks, interfaces []string) []Hindrance {
+	return append(forwardChains(m, interfaces), reversePaths(interfaces)...)
+}
+
+// filters calls f for each base chain of others that filters at a hook, with
+// its rules and those of all chains that it can lead to.
+func filters(hook *nftables.ChainHook, f func(ch *nftables.Chain, own, all []*nftables.Rule)) {
+	c, err := nftables.New()
+	if err != nil {
+		return
+	}
+	chains, err := c.ListChains()
+	if err != nil {
+		return
+	}
+	for _, ch := range chains {
+		if ch.Hooknum == nil || *ch.Hooknum != *hook || ch.Type != nftables.ChainTypeFilter ||
+			ch.Table.Name == tableName || ch.Table.Family == nftables.TableFamilyARP || ch.Table.Family == nftables.TableFamilyBridge {
+			continue
+		}
+		own, err := c.GetRules(ch.Table, ch)
+		if err != nil {
+			continue
+		}
+		all, seen := slices.Clone(own), map[string]bool{ch.Name: true}
+		for i := 0; i < len(all); i++ {
+			for _, e := range all[i].Exprs {
+				v, ok := e.(*expr.Verdict)
+				if !ok || v.Chain == "" || seen[v.Chain] {
+					continue
+				}
+				seen[v.Chain] = true
+				if more, err := c.GetRules(ch.Table, &nftables.Chain{Name: v.Chain, Table: ch.Table}); err == nil {
+					all = append(all, more...)
+				}
+			}
+		}
+		f(ch, own, all)
+	}
+}
+
+// stops tells whether a chain ends in refusing what no rule accepted.
+func stops(ch *nftables.Chain, own []*nftables.Rule) bool {
+	if ch.Policy != nil && *ch.Policy == nftables.ChainPolicyDrop {
+		return true
+	}
+	return len(own) > 0 && refusesAll(own[len(own)-1].Exprs)
 }
 
 // inputChains finds filters of others on the way to this host: diverted packets
 // go through their input chains.
-func inputChains(m Marks) (list []string) {
-	c, err := nftables.New()
-	if err != nil {
+func inputChains(m Marks) (list []Hindrance) {
+	filters(nftables.ChainHookInput, func(ch *nftables.Chain, own, all []*nftables.Rule) {
+		if !stops(ch, own) || slices.ContainsFunc(all, func(r *nftables.Rule) bool { return asksMark(r.Exprs, m.Mask) }) {
+			return
+		}
+		list = append(list, Hindrance{
+			Check: "input",
+			What:  fmt.Sprintf("the chain %s of table %s %s drops what it does not know", ch.Name, familyName(ch.Table.Family), ch.Table.Name),
+			Why:   "diverted packets pass through it, so flows that should be proxied hang",
+			Mend: fmt.Sprintf("nft insert rule %s %s %s meta mark and %#x == { %#x, %#x } accept",
+				familyName(ch.Table.Family), ch.Table.Name, ch.Name, m.Mask, m.Lan(), m.Local()),
+		})
+	})
+	return list
+}
+
+// forwardChains finds filters of others that packets which are DIRECT go
+// through. One that names an interface of ours is taken to know what it does.
+func forwardChains(m Marks, interfaces []string) (list []Hindrance) {
+	if len(interfaces) == 0 {
 		return nil
 	}
-	chains, err := c.ListChains()
-	if err != nil {
-		return nil
+	filters(nftables.ChainHookForward, func(ch *nftables.Chain, own, all []*nftables.Rule) {
+		if !stops(ch, own) || slices.ContainsFunc(all, func(r *nftables.Rule) bool {
+			return asksMark(r.Exprs, m.Mask) || accepts(r.Exprs) && asksInterface(r.Exprs, interfaces)
+		}) {
+			return
+		}
+		at := fmt.Sprintf("%s %s %s", familyName(ch.Table.Family), ch.Table.Name, ch.Name)
+		list = append(list, Hindrance{
+			Check: "forward",
+			What:  fmt.Sprintf("the chain %s of table %s %s drops what it does not know", ch.Name, familyName(ch.Table.Family), ch.Table.Name),
+			Why:   "flows that are DIRECT are forwarded through it and hang",
+			Mend:  fmt.Sprintf("nft insert rule %s ct state established,related accept; nft insert rule %s meta mark and %#x == %#x accept", at, at, m.Mask, m.Direct()),
+		})
+	})
+	return list
+}
+
+// accepts tells whether a rule ends in letting pass.
+func accepts(exprs []expr.Any) bool {
+	return slices.ContainsFunc(exprs, func(e expr.Any) bool {
+		v, ok := e.(*expr.Verdict)
+		return ok && v.Kind == expr.VerdictAccept
+	})
+}
+
+// asksInterface tells whether a rule is for packets that enter by one of the
+// interfaces.
+func asksInterface(exprs []expr.Any, interfaces []string) bool {
+	for i, e := range exprs {
+		meta, ok := e.(*expr.Meta)
+		if !ok || meta.SourceRegister || meta.Key != expr.MetaKeyIIFNAME && meta.Key != expr.MetaKeyIIF || i+1 == len(exprs) {
+			continue
+		}
+		cmp, ok := exprs[i+1].(*expr.Cmp)
+		if !ok || cmp.Op != expr.CmpOpEq {
+			return true // a set, or a wildcard
+		}
+		for _, name := range interfaces {
+			if string(bytes.TrimRight(cmp.Data, "\x00")) == name {
+				return true
+			}
+			if l, err := netlink.LinkByName(name); err == nil && len(cmp.Data) == 4 && binary.NativeEndian.Uint32(cmp.Data) == uint32(l.Attrs().Index) {
+				return true
+			}
+		}
 	}
-	for _, ch := range chains {
-		if ch.Hooknum == nil || *ch.Hooknum != *nftables.ChainHookInput || ch.Type != nftables.ChainTypeFilter ||
-			ch.Table.Name == tableName || ch.Table.Family == nftables.TableFamilyARP || ch.Table.Family == nftables.TableFamilyBridge {
+	return false
+}
+
+// reversePaths finds interfaces whose reverse path is looked up by marks. Our
+// own are laid out for it; those of others (wg-quick sets src_valid_mark) are not.
+func reversePaths(interfaces []string) (list []Hindrance) {
+	read := func(name, key string) bool {
+		b, err := os.ReadFile("/proc/sys/net/ipv4/conf/" + name + "/" + key)
+		b = bytes.TrimSpace(b)
+		return err == nil && len(b) > 0 && b[0] != '0'
+	}
+	for _, name := range interfaces {
+		marked := read("all", "src_valid_mark") || read(name, "src_valid_mark")
+		if !marked || !read("all", "rp_filter") && !read(name, "rp_filter") {
 			continue
 		}
-		rules, err := c.GetRules(ch.Table, ch)
-		if err != nil {
-			continue
-		}
-		stops := ch.Policy != nil && *ch.Policy == nftables.ChainPolicyDrop
-		if n := len(rules); n > 0 && refusesAll(rules[n-1].Exprs) {
-			stops = true
-		}
-		for _, r := range rules {
-			stops = stops && !asksMark(r.Exprs, m.Mask)
-		}
-		if stops {
-			list = append(list, fmt.Sprintf("the chain %s of table %s %s drops what it does not know, diverted packets too: let it accept those with mark %#x/%#x and %#x/%#x",
-				ch.Name, familyName(ch.Table.Family), ch.Table.Name, m.Lan(), m.Mask, m.Local(), m.Mask))
-		}
+		list = append(list, Hindrance{
+			Check: "rp_filter",
+			What:  fmt.Sprintf("rp_filter and src_valid_mark are both on for %s", name),
+			Why:   "where packets came from is looked up by their marks, also by rules of others for these, and what they lead elsewhere is dropped without a trace",
+			Mend:  fmt.Sprintf("sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.%s.rp_filter=0, or src_valid_mark=0 for both", name),
+		})
 	}
 	return list
 }
@@ -103,14 +226,19 @@ func familyName(f nftables.TableFamily) string {
 
 // bridgeCalls finds bridges that show their packets to the IP tables: what is
 // only bridged would be taken.
-func bridgeCalls() (list []string) {
+func bridgeCalls() (list []Hindrance) {
 	links, err := netlink.LinkList()
 	if err != nil || !slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Type() == "bridge" }) {
 		return nil
 	}
 	for _, name := range []string{"bridge-nf-call-iptables", "bridge-nf-call-ip6tables"} {
 		if b, err := os.ReadFile("/proc/sys/net/bridge/" + name); err == nil && bytes.Equal(bytes.TrimSpace(b), []byte("1")) {
-			list = append(list, fmt.Sprintf("net.bridge.%s is 1, so packets that a bridge only passes on go through our table too: set it to 0", name))
+			list = append(list, Hindrance{
+				Check: "bridge",
+				What:  fmt.Sprintf("net.bridge.%s is 1", name),
+				Why:   "packets that a bridge only passes on go through the tables of IP, where TPROXY breaks them",
+				Mend:  fmt.Sprintf("sysctl -w net.bridge.%s=0", name),
+			})
 		}
 	}
 	return list
@@ -118,7 +246,7 @@ func bridgeCalls() (list []string) {
 
 // foreignMarks finds routing rules of others that go by bits of the mark that
 // are ours.
-func foreignMarks(m Marks) (list []string) {
+func foreignMarks(m Marks) (list []Hindrance) {
 	for _, f := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		rules, err := netlink.RuleList(f)
 		if err != nil {
@@ -133,8 +261,12 @@ func foreignMarks(m Marks) (list []string) {
 				mask = *r.Mask
 			}
 			if mask&m.Mask != 0 {
-				list = append(list, fmt.Sprintf("the routing rule %d of others goes by mark %#x/%#x, which has bits of ours (%#x): choose other bits by [intercept] mark",
-					r.Priority, r.Mark, mask, m.Mask))
+				list = append(list, Hindrance{
+					Check: "mark",
+					What:  fmt.Sprintf("the routing rule %d of others goes by mark %#x/%#x", r.Priority, r.Mark, mask),
+					Why:   fmt.Sprintf("it has bits of ours (%#x), so it may route packets that are not meant, and miss those that are", m.Mask),
+					Mend:  fmt.Sprintf("choose other bits: [intercept] mark = \"VALUE/MASK\" in tproxyd.toml, with a mask outside of %#x", mask),
+				})
 			}
 		}
 	}

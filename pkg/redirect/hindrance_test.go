@@ -18,6 +18,8 @@ func TestHindrances(t *testing.T) {
 		"reject at the end": {[]string{"nft add table ip f", "nft add chain ip f in '{ type filter hook input priority 0; }'", "nft add rule ip f in tcp dport 22 accept", "nft add rule ip f in counter reject"}, "chain in of table ip f"},
 		"reject of some":    {[]string{"nft add table ip f", "nft add chain ip f in '{ type filter hook input priority 0; }'", "nft add rule ip f in tcp dport 22 reject"}, ""},
 		"let in by mark":    {[]string{"nft add table inet f", "nft add chain inet f in '{ type filter hook input priority 0; policy drop; }'", "nft add rule inet f in meta mark and 0xf000 == 0x8000 accept"}, ""},
+		"let in by mark, further on": {[]string{"nft add table inet f", "nft add chain inet f in '{ type filter hook input priority 0; policy drop; }'", "nft add chain inet f more",
+			"nft add rule inet f in jump more", "nft add rule inet f more meta mark and 0xf000 == 0x8000 accept"}, ""},
 		"other hook":        {[]string{"nft add table inet f", "nft add chain inet f fw '{ type filter hook forward priority 0; policy drop; }'"}, ""},
 		"mark of others":    {[]string{"ip rule add fwmark 0x4000/0x4000 lookup 99 pref 77"}, "routing rule 77"},
 		"mark of others, 6": {[]string{"ip -6 rule add fwmark 0x1 lookup 99 pref 78"}, "routing rule 78"},
@@ -32,9 +34,40 @@ func TestHindrances(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := newNetns(t)
 			n.run(tt.lines...)
-			var got []string
+			var got []Hindrance
 			n.do(func() { got = Hindrances(m) })
-			if (tt.want == "") != (len(got) == 0) || tt.want != "" && (len(got) != 1 || !strings.Contains(got[0], tt.want)) {
+			if (tt.want == "") != (len(got) == 0) || tt.want != "" && (len(got) != 1 || !strings.Contains(got[0].String(), tt.want)) {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestDirectHindrances(t *testing.T) {
+	t.Parallel()
+	m := Marks{Value: 0x7000, Mask: 0xf000}
+	const chain = "nft add chain inet f fw '{ type filter hook forward priority 0; policy drop; }'"
+	for name, tt := range map[string]struct {
+		lines []string
+		want  string // the kinds
+	}{
+		"nothing":             {nil, ""},
+		"policy drop":         {[]string{"nft add table inet f", chain}, "forward"},
+		"by interface":        {[]string{"nft add table inet f", chain, "nft add rule inet f fw iifname lan0 accept"}, ""},
+		"another interface":   {[]string{"nft add table inet f", chain, "nft add rule inet f fw iifname lan1 accept"}, "forward"},
+		"by index":            {[]string{"nft add table inet f", chain, "nft add rule inet f fw iif lan0 accept"}, ""},
+		"by mark":             {[]string{"nft add table inet f", chain, "nft add rule inet f fw meta mark and 0xf000 == 0x9000 accept"}, ""},
+		"interface, dropped":  {[]string{"nft add table inet f", chain, "nft add rule inet f fw iifname lan0 drop"}, "forward"},
+		"rp_filter":           {[]string{"sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.all.src_valid_mark=1"}, "rp_filter"},
+		"rp_filter alone":     {[]string{"sysctl -qw net.ipv4.conf.all.rp_filter=1"}, ""},
+		"src_valid_mark, one": {[]string{"sysctl -qw net.ipv4.conf.lan0.rp_filter=2 net.ipv4.conf.lan0.src_valid_mark=1"}, "rp_filter"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNetns(t)
+			n.run(append([]string{"ip link add lan0 type veth peer name x", "sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.lan0.rp_filter=0"}, tt.lines...)...)
+			var got []Hindrance
+			n.do(func() { got = DirectHindrances(m, []string{"lan0"}) })
+			if (tt.want == "") != (len(got) == 0) || tt.want != "" && got[0].Check != tt.want {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
 		})

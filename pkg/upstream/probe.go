@@ -23,6 +23,18 @@ type Ability struct {
 // probeLimit is for each thing that is asked.
 const probeLimit = 5 * time.Second
 
+// Greet asks a server for a greeting alone and returns how long that took, the
+// connection to it included. The error says why there was none.
+func (p *Pool) Greet(ctx context.Context, s *Server) (time.Duration, error) {
+	start := time.Now()
+	t, _, err := p.probing(ctx, s)
+	took := time.Since(start)
+	if err == nil {
+		t.done(errProbed)
+	}
+	return took, err
+}
+
 // Probe asks s for all that a server can do, and returns the answers. It is
 // asked to connect to Options.Probe, and for the kinds of address that that is
 // not, or without it, to itself; a refusal by the destination shows the ability
