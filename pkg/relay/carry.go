@@ -21,9 +21,13 @@ func (sh *shard) up(f *udpFlow, data [][]byte) {
 	for _, d := range data {
 		bytes += len(d)
 	}
-	t := &f.s.result.UDPTraffic
-	t.UpDatagrams += uint64(len(data))
-	t.Up += uint64(bytes)
+	for _, t := range []*UDPTraffic{&f.s.result.UDPTraffic, &f.moved} {
+		t.UpDatagrams += uint64(len(data))
+		t.Up += uint64(bytes)
+	}
+	if n := f.verdict.Up; n != nil {
+		n.Add(uint64(bytes))
+	}
 	sh.u.upN.Add(uint64(len(data)))
 	sh.u.up.Add(uint64(bytes))
 	if f.fd < 0 {
@@ -141,9 +145,13 @@ func (sh *shard) down(f *udpFlow, data [][]byte) {
 	for _, d := range data {
 		bytes += len(d)
 	}
-	t := &f.s.result.UDPTraffic
-	t.DownDatagrams += uint64(len(data))
-	t.Down += uint64(bytes)
+	for _, t := range []*UDPTraffic{&f.s.result.UDPTraffic, &f.moved} {
+		t.DownDatagrams += uint64(len(data))
+		t.Down += uint64(bytes)
+	}
+	if n := f.verdict.Down; n != nil {
+		n.Add(uint64(bytes))
+	}
 	sh.u.downN.Add(uint64(len(data)))
 	sh.u.down.Add(uint64(bytes))
 	if f.fd < 0 && !sh.ownSocket(f, len(data)) {

@@ -45,6 +45,10 @@ type Stats struct {
 	Accepted  uint64 // connections accepted and given to a handler
 	Refused   uint64 // connections reset right after accept: MaxConns or the descriptor limit was reached
 	Shortages uint64 // times that a chunk was copied as there was no pipe
+	MaxConns  int    // sockets that may exist, see Options.MaxConns
+	MaxPipes  int    // likewise, pipes
+	// LastRefused is when Refused was counted last; zero: never.
+	LastRefused time.Time
 }
 
 // Engine relays TCP flows on a few event loops. Make one with [New]; it is
@@ -67,6 +71,7 @@ type Engine struct {
 	streams   atomic.Int64
 	accepts   atomic.Uint64
 	refused   atomic.Uint64
+	refusedAt atomic.Int64 // nanoseconds since 1970; 0: never
 	shortages atomic.Uint64
 
 	spare spareFD
@@ -190,7 +195,7 @@ func (e *Engine) waitHandlers(done chan<- struct{}) {
 // Stats returns the figures of now.
 func (e *Engine) Stats() Stats {
 	made, lent := e.pipes.count()
-	return Stats{
+	s := Stats{
 		Conns:     int(e.live.Load()),
 		Clients:   int(e.accepted.Load()),
 		Streams:   int(e.streams.Load()),
@@ -199,7 +204,19 @@ func (e *Engine) Stats() Stats {
 		Accepted:  e.accepts.Load(),
 		Refused:   e.refused.Load(),
 		Shortages: e.shortages.Load(),
+		MaxConns:  e.maxConns,
+		MaxPipes:  e.pipes.max,
 	}
+	if at := e.refusedAt.Load(); at != 0 {
+		s.LastRefused = time.Unix(0, at)
+	}
+	return s
+}
+
+// refuse counts a connection that there was no room for.
+func (e *Engine) refuse() {
+	e.refused.Add(1)
+	e.refusedAt.Store(time.Now().UnixNano())
 }
 
 func (e *Engine) runClock() {

@@ -108,15 +108,9 @@ func (sh *shard) openOutlet(f *udpFlow, w *Way) {
 	s.outlets = append(s.outlets, o)
 	sh.u.outlets.Add(1)
 	sh.attach(f, o)
-	var first any
-	for _, v := range s.via {
-		if v.key == w.Key {
-			first = v.via
-		}
-	}
 	ctx, cancel := context.WithCancel(sh.u.ctx)
 	o.cancel = cancel
-	sh.openers.do(opening{ctx, o, w, first})
+	sh.openers.do(opening{ctx, o, w, s.viaOf(w.Key)})
 }
 
 // opening is an outlet that is to be opened.
@@ -212,6 +206,16 @@ func keepAlive(fd int) {
 	rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 20)
 	rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 5)
 	rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 3)
+}
+
+// viaOf returns the Via of the last outlet by a key; nil: there was none.
+func (s *session) viaOf(key string) any {
+	for _, v := range s.via {
+		if v.key == key {
+			return v.via
+		}
+	}
+	return nil
 }
 
 func (s *session) noteVia(key string, via any) {

@@ -128,7 +128,7 @@ func (a *acceptor) batch(lfd uintptr) (done bool) {
 func (a *acceptor) take(fd int, remote netip.AddrPort) {
 	e := a.e
 	if e.spare.missing.Load() && !e.spare.restore() || fd >= maxFD || !e.admit(true) {
-		e.refused.Add(1) // before the client can know
+		e.refuse() // before the client can know
 		rawReset(fd)
 		e.spare.restore()
 		return
@@ -145,7 +145,7 @@ func (e *Engine) turnAway(lfd int) bool {
 	ok := e.spare.lend(func() bool {
 		fd, _, errno := rawAccept(lfd)
 		if errno == 0 {
-			e.refused.Add(1)
+			e.refuse()
 			rawReset(fd)
 		}
 		return errno == 0 || errno == unix.EAGAIN

@@ -22,6 +22,9 @@ type session struct {
 // udpFlow is what a session sends to one destination.
 type udpFlow struct {
 	s        *session
+	id       uint64
+	start    time.Time
+	moved    UDPTraffic
 	dst      netip.AddrPort
 	src      flow.PacketSource // whose raw sender the answers leave by
 	verdict  Verdict
@@ -101,14 +104,15 @@ func (sh *shard) newFlow(src flow.PacketSource, client, dst netip.AddrPort, ifIn
 		sh.evict(sh.oldest(nil))
 		s = sh.sessions[client] // it can have been the last flow of this very session
 	}
+	now := time.Now()
 	if s == nil {
-		s = &session{client: client, ifIndex: ifIndex, start: time.Now(), order: flowList{which: 1}}
+		s = &session{client: client, ifIndex: ifIndex, start: now, order: flowList{which: 1}}
 		s.result = SessionResult{Client: client, IfIndex: ifIndex, Dst: dst}
 		sh.sessions[client] = s
 		sh.u.sessions.Add(1)
 		sh.u.opened.Add(1)
 	}
-	f := &udpFlow{s: s, dst: dst, src: src, fd: -1, super: maxSuper, head: -1, tail: -1, last: sh.now}
+	f := &udpFlow{s: s, id: sh.u.o.ID(), start: now, dst: dst, src: src, fd: -1, super: maxSuper, head: -1, tail: -1, last: sh.now}
 	s.flows++
 	s.result.Flows++
 	sh.flows[flowKey{client, dst}] = f

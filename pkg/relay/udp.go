@@ -70,6 +70,8 @@ type Verdict struct {
 	Short bool
 	// Why is of no meaning here; for SessionResult.
 	Why any
+	// Up and Down are added to as bytes of the flow move; nil: they are not.
+	Up, Down *atomic.Uint64
 	// Release is called once, when the flow ends or is decided anew. It must not
 	// block; nil: nothing is called.
 	Release func()
@@ -123,6 +125,7 @@ type UDPOptions struct {
 	Refuse func(d flow.Datagram, r Refusal)
 	TooBig func(d flow.Datagram, mtu int)
 	Done   func(SessionResult) // called by the loop when a session has ended; nil: not wanted
+	ID     func() uint64       // gives out the IDs of flows, by any loop; nil: they are counted
 
 	Paused bool // the sources are not read before the first Attach
 
@@ -181,6 +184,9 @@ type UDPStats struct {
 	Flows        int    `json:"flows"`        // now: destinations of all sessions
 	Outlets      int    `json:"outlets"`      // now
 	Sockets      int    `json:"sockets"`      // now: of outlets and flows
+	MaxSessions  int    `json:"max_sessions"` // that there may be
+	MaxFlows     int    `json:"max_flows"`    // likewise
+	MaxSockets   int    `json:"max_sockets"`  // likewise
 	Opened       uint64 `json:"opened"`       // sessions since the start
 	Associations uint64 `json:"associations"` // outlets opened since the start
 	Evicted      uint64 `json:"evicted"`      // flows ended early, to make room
@@ -200,6 +206,7 @@ type UDP struct {
 	now       atomic.Uint32 // ticks
 	idle      atomic.Uint32 // ticks
 	short     atomic.Uint32 // ticks
+	ids       atomic.Uint64
 	sockets   atomic.Int64
 	queued    atomic.Int64 // bytes
 	sessions  atomic.Int64
@@ -248,6 +255,9 @@ func NewUDP(o UDPOptions) (*UDP, error) {
 		o.tick = time.Second
 	}
 	u := &UDP{o: o, log: o.Log}
+	if u.o.ID == nil {
+		u.o.ID = func() uint64 { return u.ids.Add(1) }
+	}
 	u.SetLimits(0, 0)
 	u.ctx, u.cancel = context.WithCancel(context.Background())
 	for _, sources := range o.Sources {
@@ -342,6 +352,7 @@ func (u *UDP) Stats() UDPStats {
 	s := UDPStats{
 		Sessions: int(u.sessions.Load()), Flows: int(u.flows.Load()),
 		Outlets: int(u.outlets.Load()), Sockets: int(u.sockets.Load()),
+		MaxSessions: u.o.MaxSessions, MaxFlows: u.o.MaxFlows, MaxSockets: u.o.MaxSockets,
 		Opened: u.opened.Load(), Associations: u.associate.Load(),
 		Evicted: u.evicted.Load(), Refused: u.refused.Load(),
 		UDPTraffic: UDPTraffic{UpDatagrams: u.upN.Load(), DownDatagrams: u.downN.Load(), Up: u.up.Load(), Down: u.down.Load()},
