@@ -8,19 +8,26 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tproxyd/tproxyd/pkg/flow"
 	"github.com/tproxyd/tproxyd/pkg/relay"
+	"github.com/tproxyd/tproxyd/pkg/routes"
+	"github.com/tproxyd/tproxyd/pkg/upstream"
 )
 
-// FlowStatus is a TCP flow that is being carried.
+// FlowStatus is a flow that is being carried: a TCP connection, or what a UDP
+// socket says to one destination.
 type FlowStatus struct {
 	ID          uint64         `json:"id"`          // until the daemon ends
-	Age         float64        `json:"age_seconds"` // since it was accepted
+	Network     string         `json:"network"`     // tcp or udp
+	Start       time.Time      `json:"start"`       // when it was accepted
+	Age         float64        `json:"age_seconds"` // since then
 	Client      netip.AddrPort `json:"client"`
 	Interface   string         `json:"interface,omitempty"` // that it entered by, if a rule asks for that
 	Name        string         `json:"name,omitempty"`      // that the client asked for
 	Destination netip.AddrPort `json:"destination"`         // that the client connected to; synthetic if there is a name
 	Rule        string         `json:"rule"`
 	Action      string         `json:"action"`
+	List        string         `json:"list,omitempty"`   // that the server is of; empty: the rule has but one, or none
 	Server      string         `json:"server,omitempty"` // empty: this host dialled it
 	Up          uint64         `json:"up"`               // bytes delivered to the server
 	Down        uint64         `json:"down"`             // bytes delivered to the client
@@ -54,7 +61,7 @@ func (l *live) bytes() (up, down uint64) {
 }
 
 // Flows returns the TCP flows that are being carried, the oldest first. What the
-// kernel forwards alone is not among them.
+// kernel forwards alone is not among them, and UDP is told by UDPFlows.
 func (g *Gateway) Flows() []FlowStatus {
 	now := time.Now()
 	g.mu.Lock()
@@ -62,8 +69,8 @@ func (g *Gateway) Flows() []FlowStatus {
 	for l := range g.live {
 		up, down := l.bytes()
 		f := FlowStatus{
-			ID: l.id, Age: now.Sub(l.start).Seconds(), Client: l.flow.Src, Interface: l.flow.InIf, Name: l.flow.Name,
-			Destination: l.flow.Dst, Rule: l.rule.Position(), Action: l.rule.Action.String(), Up: up, Down: down,
+			ID: l.id, Network: l.flow.Network.String(), Start: l.start, Age: now.Sub(l.start).Seconds(), Client: l.flow.Src, Interface: l.flow.InIf, Name: l.flow.Name,
+			Destination: l.flow.Dst, Rule: l.rule.Position(), Action: l.rule.Action.String(), List: listName(l.rule), Up: up, Down: down,
 		}
 		if l.via != nil {
 			f.Server = l.via.Name
@@ -96,4 +103,28 @@ func (g *Gateway) Kill(id uint64) bool {
 		found.copied.kill()
 	}
 	return true
+}
+
+// UDPFlows tells of flows of UDP in the words of this package, the oldest first.
+func (g *Gateway) UDPFlows(flows []relay.UDPFlow) []FlowStatus {
+	now := time.Now()
+	list := make([]FlowStatus, 0, len(flows))
+	for _, u := range flows {
+		f := FlowStatus{
+			ID: u.ID, Network: flow.UDP.String(), Start: u.Start, Age: now.Sub(u.Start).Seconds(), Client: unmap(u.Client),
+			Destination: unmap(u.Dst), Up: u.Up, Down: u.Down,
+		}
+		if g.o.Names.Contains(f.Destination.Addr()) {
+			f.Name, _ = g.o.Names.Lookup(f.Destination.Addr())
+		}
+		if r, ok := u.Why.(*routes.Rule); ok {
+			f.Rule, f.Action, f.List = r.Position(), r.ActionFor(flow.UDP).String(), listName(r)
+		}
+		if s, ok := u.Via.(*upstream.Server); ok {
+			f.Server = s.Name
+		}
+		list = append(list, f)
+	}
+	slices.SortFunc(list, func(a, b FlowStatus) int { return cmp.Compare(a.ID, b.ID) })
+	return list
 }

@@ -69,8 +69,10 @@ type Gateway struct {
 	noDirect atomic.Bool // see CutDirect
 	count    counters
 
+	ids  atomic.Uint64 // given to flows
+	gone tally         // of rules that are not in force any longer
+
 	mu       sync.Mutex
-	ids      uint64 // given to flows
 	live     map[*live]struct{}
 	admitted memory // of what the kernel lets pass by name, for the next reload
 }
@@ -80,6 +82,7 @@ type live struct {
 	flow   flow.Flow
 	plan   *Plan // that decided it, until it is joined: it would be as long in memory as the longest flow
 	rule   *routes.Rule
+	tally  *tally           // the rule's
 	knewIf bool             // the plan asked by which interface the flow entered
 	via    *upstream.Server // nil: DIRECT
 	at     netip.AddrPort   // of a name that is DIRECT: where it was dialled
@@ -102,6 +105,9 @@ func New(p *Plan, o Options) *Gateway {
 	g.plan.Store(p)
 	return g
 }
+
+// NextID returns an ID for a flow that no other flow has had.
+func (g *Gateway) NextID() uint64 { return g.ids.Add(1) }
 
 // Plan returns the plan in force.
 func (g *Gateway) Plan() *Plan { return g.plan.Load() }
@@ -169,7 +175,8 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 		return nil, err
 	}
 	l.rule = p.table.Match(*f)
-	p.hits[l.rule.Index].Add(1)
+	l.tally = p.tallies[l.rule.Index]
+	l.tally.flows.Add(1)
 	switch l.rule.Action {
 	case routes.Deny:
 		return nil, errDenied
@@ -303,9 +310,8 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 	l.rule, l.plan, l.early = l.rule.Bare(), nil, nil
 	g.count.started(l.rule.Action)
 	raw, ok := server.(*relay.Conn)
+	l.id = g.NextID()
 	g.mu.Lock()
-	g.ids++
-	l.id = g.ids
 	if !ok {
 		l.copied = newCopied()
 	}
@@ -337,8 +343,13 @@ func (g *Gateway) stillDirect(l *live) bool {
 // done is called once, when both connections of the flow are closed.
 func (l *live) done(r relay.Result) {
 	g := l.g
+	if l.up != nil {
+		r.Up += uint64(l.up.Sent)
+	}
 	g.mu.Lock()
 	delete(g.live, l)
+	g.count.ended(r.Up, r.Down)
+	l.tally.add(r.Up, r.Down)
 	g.mu.Unlock()
 	if l.copied != nil {
 		l.copied.kill()
@@ -348,9 +359,7 @@ func (l *live) done(r relay.Result) {
 	}
 	if l.up != nil {
 		l.up.Done()
-		r.Up += uint64(l.up.Sent)
 	}
-	g.count.ended(r.Up, r.Down)
 	g.report(l, r.Up, r.Down, r.Err)
 }
 
@@ -398,6 +407,9 @@ func (g *Gateway) report(l *live, up, down uint64, err error) {
 // that this host dialled itself and that are no longer DIRECT are reset, since
 // leak comes before loss. It returns how many were.
 func (g *Gateway) Swap(p *Plan) (reset int) {
+	old := g.plan.Load()
+	p.follow(old, &g.gone)
+	p.pinAs(old)
 	g.plan.Store(p)
 	var cut []*relay.Stream
 	g.mu.Lock()

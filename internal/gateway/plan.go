@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"slices"
-	"sync/atomic"
 
 	"github.com/tproxyd/tproxyd/pkg/routes"
 	"github.com/tproxyd/tproxyd/pkg/socks"
@@ -15,20 +14,20 @@ import (
 // Plan is what the rules of one moment say, ready to be followed: immutable,
 // and replaced whole at a reload.
 type Plan struct {
-	table  *routes.Table
-	local  routes.LocalNames
-	groups []*upstream.Group // by Rule.Index: what the rule's list means upstream
-	keys   []string          // by Rule.Index: see listKey
-	proxy  *upstream.Group   // PROXY_NAME's list
-	all    []*upstream.Server
-	hits   []atomic.Uint64 // by Rule.Index: flows that came to user space
+	table   *routes.Table
+	local   routes.LocalNames
+	groups  []*upstream.Group // by Rule.Index: what the rule's list means upstream
+	keys    []string          // by Rule.Index: see listKey
+	proxy   *upstream.Group   // PROXY_NAME's list
+	all     []*upstream.Server
+	tallies []*tally // by Rule.Index
 }
 
 // NewPlan makes a plan of a table. Auth gives the user name and password for a
 // credential's name; local says which names stay local.
 func NewPlan(t *routes.Table, local routes.LocalNames, auth func(credential string) *socks.Auth) (*Plan, error) {
 	n := len(t.Rules())
-	p := &Plan{table: t, local: local, groups: make([]*upstream.Group, n), keys: make([]string, n), hits: make([]atomic.Uint64, n)}
+	p := &Plan{table: t, local: local, groups: make([]*upstream.Group, n), keys: make([]string, n), tallies: make([]*tally, n)}
 	m := maker{auth: auth, made: map[string]*upstream.Server{}}
 	group := func(chains []routes.Chain, action routes.Action, order routes.Strategy) *upstream.Group {
 		g := &upstream.Group{Order: upstream.Order(order)}
@@ -40,6 +39,7 @@ func NewPlan(t *routes.Table, local routes.LocalNames, auth func(credential stri
 	for i, r := range t.Rules() {
 		p.groups[i] = group(r.Servers, r.Action, r.Balance)
 		p.keys[i] = listKey(p.groups[i].Servers, r)
+		p.tallies[i] = &tally{}
 	}
 	p.proxy = group(t.ProxyName(), routes.Socks5, routes.First)
 	for _, s := range t.Servers() { // those that no rule has, too
@@ -110,10 +110,6 @@ func (p *Plan) Table() *routes.Table { return p.table }
 
 // Servers returns the servers of the plan, in the order of the file.
 func (p *Plan) Servers() []*upstream.Server { return p.all }
-
-// Hits returns how many flows the rule decided in user space since the plan
-// was made.
-func (p *Plan) Hits(r *routes.Rule) uint64 { return p.hits[r.Index].Load() }
 
 // upstreamUDP says in the words of upstream how a server is asked for UDP.
 func upstreamUDP(m routes.UDPMode) upstream.UDPMode {

@@ -84,11 +84,11 @@ type Stats struct {
 // Stats reads the counters; the values need not be of one instant.
 func (g *Gateway) Stats() Stats {
 	c := &g.count
+	g.mu.Lock() // what ends leaves the living and is counted at once
 	s := Stats{
 		Live: c.live.Load(), Proxied: c.proxied.Load(), Direct: c.direct.Load(),
 		Up: c.up.Load(), Down: c.down.Load(), Refused: map[string]uint64{},
 	}
-	g.mu.Lock()
 	for l := range g.live {
 		up, down := l.bytes()
 		s.Up += up

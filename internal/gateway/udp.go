@@ -56,7 +56,9 @@ func (g *Gateway) decideUDP(l *live, ifIndex int) (v relay.Verdict, err error) {
 		return v, err
 	}
 	l.rule = l.plan.table.Match(*f)
-	l.plan.hits[l.rule.Index].Add(1)
+	t := l.plan.tallies[l.rule.Index]
+	t.flows.Add(1)
+	v.Up, v.Down = &t.up, &t.down
 	switch l.rule.ActionFor(flow.UDP) {
 	case routes.Deny:
 		return v, errDenied

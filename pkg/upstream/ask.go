@@ -326,12 +326,13 @@ func (p *Pool) through(ctx context.Context, s *Server) (net.Conn, error) {
 	if !in {
 		return nil, &hopError{s.Via, err}
 	}
+	began := time.Now()
 	c, err := p.carry(ctx, s.Via, h, Request{To: s.target()}, 0)
 	v := judge(err)
 	if v == fault && ctx.Err() != nil && !errors.Is(err, errSilent) {
 		v = unknown
 	}
-	h.leave(how, v, err)
+	h.leave(how, v, err, time.Since(began))
 	if err != nil {
 		return nil, &hopError{s.Via, err}
 	}

@@ -227,12 +227,13 @@ func (p *Pool) associateHop(ctx context.Context, s *Server) (*Association, error
 	if !in {
 		return nil, &hopError{s, err}
 	}
+	began := time.Now()
 	a, err := p.associate(ctx, s, h, 0)
 	v := judge(err)
 	if v == fault && ctx.Err() != nil && !errors.Is(err, errSilent) {
 		v = unknown
 	}
-	h.leave(how, v, err)
+	h.leave(how, v, err, time.Since(began))
 	switch {
 	case err == nil:
 		return a, nil

@@ -46,6 +46,8 @@ type health struct {
 	pipeline Pipeline      // what a probe has seen it accept; PipelineAuto: nothing is known
 	learned  time.Time     // when
 
+	answered   spans // until it did what a flow asked of it, or the destination's refusal
+	failed     spans // until it was known that it would not
 	carried    uint64
 	faults     uint64
 	noUDP      time.Time // until then it is not asked for UDP, which it does not have
@@ -90,11 +92,16 @@ func (h *health) enter(last bool) (how pass, in bool, err error) {
 	return how, true, nil
 }
 
-// leave says what came of it.
-func (h *health) leave(how pass, v verdict, err error) {
+// leave says what came of it, and how long that took.
+func (h *health) leave(how pass, v verdict, err error, took time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.asking--
+	if v == well || v == destination {
+		h.answered.add(took)
+	} else {
+		h.failed.add(took)
+	}
 	if how == onTrial {
 		h.trial = false
 	}
@@ -343,6 +350,10 @@ type Status struct {
 	Pipeline     string  `json:"pipeline,omitempty"` // what it is sent ahead: "off", "greeting" or "data"; empty: not known
 	Setup        float64 `json:"setup_seconds"`      // until it has greeted, smoothed; 0: not known
 	Warm         int     `json:"warm"`               // connections made ahead of need
+	// How long it took until flows were answered, by the server or by the
+	// destination, and until it was known that they would not be.
+	Answered Histogram `json:"answered"`
+	Failed   Histogram `json:"failed"`
 }
 
 // Status returns what is known of the servers given, in their order.
@@ -355,6 +366,7 @@ func (p *Pool) Status(servers []*Server) []Status {
 			Name: s.Name, Address: s.address(), Protocol: s.Protocol.String(), Up: !h.bad, Trial: h.bad && h.half,
 			Flows: h.flows.Load(), Carried: h.carried, Faults: h.faults, Associations: h.associated,
 			Setup: h.setup.Seconds(), Warm: len(h.warm.idle),
+			Answered: h.answered.histogram(), Failed: h.failed.histogram(),
 		}
 		if h.version == 4 {
 			st.Protocol = Socks4.String()

@@ -25,8 +25,16 @@ type Group struct {
 	Servers []*Server
 	Order   Order
 
-	turn atomic.Uint64
+	turn   atomic.Uint64
+	pinned atomic.Pointer[Server]
 }
+
+// Pin has a server of the group asked before all others, whatever the order,
+// as long as it is good; nil: none is.
+func (g *Group) Pin(s *Server) { g.pinned.Store(s) }
+
+// Pinned returns the server that is asked before all others; nil: none is.
+func (g *Group) Pinned() *Server { return g.pinned.Load() }
 
 // order appends the servers of g to l as they are to be asked for r: preferred
 // first, if it is one of them.

@@ -308,6 +308,9 @@ func (p *Pool) first(ctx context.Context, g *Group, r Request, preferred *Server
 		return errors.New("upstream: no server")
 	}
 	var room [8]*Server
+	if pinned := g.pinned.Load(); pinned != nil {
+		preferred = pinned
+	}
 	order := p.order(room[:0], g, r, preferred)
 	var faults []error
 	var last []*Server
@@ -331,16 +334,18 @@ func (p *Pool) first(ctx context.Context, g *Group, r Request, preferred *Server
 			if i+1 < len(order) && !forced && p.anyGood(order[i+1:]) {
 				soft = h.patience()
 			}
+			began := time.Now()
 			err = ask(s, h, soft)
+			took := time.Since(began)
 			if err == nil {
-				h.leave(how, well, nil)
+				h.leave(how, well, nil, took)
 				return nil
 			}
 			v := judge(err)
 			if v == fault && over(ctx) != nil {
 				v = unknown // it was not given the time
 			}
-			h.leave(how, v, err)
+			h.leave(how, v, err, took)
 			if v == destination {
 				return &ServerError{s, err}
 			}
