@@ -5,10 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -18,11 +16,14 @@ import (
 
 // flowFilter says which flows are shown; what is empty shows all.
 type flowFilter struct {
-	client, server, to string
-	clients            netip.Prefix // of client
+	client, server, to, rule, network string
+	clients                           netip.Prefix // of client
 }
 
 func (f *flowFilter) parse() (err error) {
+	if n := f.network; n != "" && n != "tcp" && n != "udp" {
+		return fmt.Errorf("--proto: %q is neither tcp nor udp", n)
+	}
 	if f.client == "" {
 		return nil
 	}
@@ -41,6 +42,8 @@ func (f *flowFilter) parse() (err error) {
 func (f *flowFilter) shows(s daemon.FlowStatus) bool {
 	return (!f.clients.IsValid() || f.clients.Contains(s.Client.Addr())) &&
 		(f.server == "" || s.Server == f.server) &&
+		(f.network == "" || s.Network == f.network) &&
+		(f.rule == "" || s.Rule == f.rule || strings.HasSuffix(s.Rule, "/"+f.rule)) &&
 		(f.to == "" || strings.Contains(target(s), f.to))
 }
 
@@ -57,11 +60,13 @@ func flowsCommand(e *env) *cobra.Command {
 	var asJSON, watch bool
 	var kill []uint
 	c := &cobra.Command{
-		Use:   "flows [--watch] [--json] [--client NET] [--to TEXT] [--server NAME] [--kill ID,...] [-c FILE | --socket PATH]",
-		Short: "Print the TCP flows that the running daemon carries",
-		Long: `Print the TCP flows that the running daemon carries, the oldest first: what is
-DIRECT by address is the kernel's and not among them; UDP is counted by status.
-With --kill flows are reset instead.`,
+		Use:   "flows [--watch] [--json] [--client NET] [--to TEXT] [--server NAME] [--rule FILE:LINE] [--proto tcp|udp] [--kill ID,...] [-c FILE | --socket PATH]",
+		Short: "Print the flows that the running daemon carries",
+		Long: `Print the flows that the running daemon carries, TCP connections and what UDP
+sockets say to each destination, the oldest first. What is DIRECT by address is the
+kernel's and not among them. With --watch a terminal shows them until interrupted,
+with what moves. With --kill flows are ended instead: TCP is reset on both sides, UDP
+begins anew with the next datagram.`,
 		Example: "  tproxyd flows --watch --client 192.0.2.0/24\n  tproxyd flows --json --to example.org\n  tproxyd flows --kill 17",
 		Args:    cobra.NoArgs,
 	}
@@ -69,9 +74,11 @@ With --kill flows are reset instead.`,
 	c.Flags().StringVar(&f.client, "client", "", "only flows of an address or a `NETWORK`")
 	c.Flags().StringVar(&f.to, "to", "", "only flows whose destination, NAME:PORT or ADDRESS:PORT, holds a `TEXT`")
 	c.Flags().StringVar(&f.server, "server", "", "only flows by the server of this `NAME`")
+	c.Flags().StringVar(&f.rule, "rule", "", "only flows that the rule at `FILE:LINE` decided")
+	c.Flags().StringVar(&f.network, "proto", "", "only flows of a `PROTOCOL`, tcp or udp")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.Flags().BoolVar(&watch, "watch", false, "print them again every second, until interrupted")
-	c.Flags().UintSliceVar(&kill, "kill", nil, "reset the flows of these `ID`s")
+	c.Flags().UintSliceVar(&kill, "kill", nil, "end the flows of these `ID`s")
 	c.MarkFlagsMutuallyExclusive("kill", "watch")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		if err := f.parse(); err != nil {
@@ -84,15 +91,16 @@ With --kill flows are reset instead.`,
 		if kill != nil {
 			return failed(killFlows(c.Context(), client, kill))
 		}
+		v := view{out: e.stdout, json: asJSON}
 		for {
 			list, err := listFlows(c.Context(), client, &f)
 			if err != nil {
 				return failed(err)
 			}
-			if asJSON {
-				err = json.NewEncoder(e.stdout).Encode(list)
+			if watch {
+				err = v.next(list, time.Now())
 			} else {
-				err = printFlows(e.stdout, list)
+				err = v.print(list)
 			}
 			if err != nil || !watch {
 				return failed(err)
@@ -101,7 +109,6 @@ With --kill flows are reset instead.`,
 			case <-c.Context().Done():
 				return nil
 			case <-time.After(time.Second):
-				fmt.Fprintln(e.stdout)
 			}
 		}
 	}
@@ -134,14 +141,4 @@ func listFlows(ctx context.Context, client *control.Client, f *flowFilter) ([]da
 		}
 	}
 	return shown, nil
-}
-
-func printFlows(w io.Writer, list []daemon.FlowStatus) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "ID\tAGE\tCLIENT\tDESTINATION\tRULE\tACTION\tSERVER\tUP\tDOWN")
-	for _, s := range list {
-		age := time.Duration(s.Age * float64(time.Second)).Round(time.Second)
-		fmt.Fprintf(t, "%d\t%v\t%v\t%s\t%s\t%s\t%s\t%d\t%d\n", s.ID, age, s.Client, target(s), s.Rule, s.Action, s.Server, s.Up, s.Down)
-	}
-	return t.Flush()
 }

@@ -57,24 +57,3 @@ force, the errors are printed and the exit status is 2.`,
 	}
 	return c
 }
-
-func statusCommand(e *env) *cobra.Command {
-	c := &cobra.Command{
-		Use:   "status [-c FILE | --socket PATH]",
-		Short: "Print the running daemon's figures as JSON",
-		Args:  cobra.NoArgs,
-	}
-	daemon := controlFlags(e, c)
-	c.RunE = func(c *cobra.Command, _ []string) error {
-		client, err := daemon()
-		if err != nil {
-			return err
-		}
-		ctx, cancel := context.WithTimeout(c.Context(), 10*time.Second)
-		defer cancel()
-		b, err := client.Status(ctx)
-		e.stdout.Write(b)
-		return failed(err)
-	}
-	return c
-}

@@ -2,14 +2,16 @@
 // socket, and the client that the commands use.
 //
 // The socket has mode 0660 and belongs to the group tproxyd where that group
-// exists; who may open it may do all that is offered. A second, read-only
-// address for /metrics can be opened on TCP.
+// exists: its members may read. What changes something (every method but GET and
+// HEAD) is for root and for the user that the daemon runs as; anybody else gets
+// 403. The kernel says who asks. A second, read-only address for /metrics can be
+// opened on TCP.
 //
 //	GET  /status   the daemon's figures, JSON
 //	POST /reload   reads the files again; 200, 422 with what is wrong with them, or
 //	               500 with what failed, as text
 //	GET  /metrics  Prometheus text
-//	GET  /flows    the flows that are being carried, a JSON array
+//	GET  /flows    the flows of TCP and of UDP that are carried, a JSON array
 //	DELETE /flows/ID  resets one; 204, or 404 if there is none
 package control
 
@@ -79,7 +81,7 @@ func Handler(o Options) http.Handler {
 	if o.TakeOver != nil {
 		mux.HandleFunc("POST /takeover", takeOver(o.TakeOver))
 	}
-	return mux
+	return rights(mux)
 }
 
 // MetricsHandler is the surface of the TCP listener: metrics and nothing else.
@@ -128,14 +130,16 @@ func restrict(path string) error {
 // Serve answers on ln until ctx ends, then lets requests under way finish for
 // a second.
 func Serve(ctx context.Context, ln net.Listener, h http.Handler) error {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+	r := newReserve(ln)
+	defer r.end()
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, ConnContext: withPeer, ConnState: r.closed}
 	stop := context.AfterFunc(ctx, func() {
 		grace, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		s.Shutdown(grace)
 	})
 	defer stop()
-	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+	if err := s.Serve(r); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("control: %w", err)
 	}
 	return nil

@@ -223,8 +223,8 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	reach := newPart(ctx, g)
 	offer := control.Options{
 		Status:  func() any { return d.Status() },
-		Flows:   func() any { return d.gateway.Flows() },
-		Kill:    d.gateway.Kill,
+		Flows:   func() any { return d.Flows() },
+		Kill:    d.Kill,
 		Reload:  func() error { return refusal(d.Reload()) },
 		Metrics: d.metricsHandler(),
 		// It outlives reach, which ends when it has come to its end.

@@ -1,12 +1,8 @@
 package daemon
 
 import (
-	"net/http"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/tproxyd/tproxyd/internal/gateway"
 	"github.com/tproxyd/tproxyd/pkg/fakedns"
 	"github.com/tproxyd/tproxyd/pkg/redirect"
@@ -17,9 +13,12 @@ import (
 // Status is what the daemon tells of itself. It holds no secret.
 type Status struct {
 	Started time.Time         `json:"started"`
+	Trouble []string          `json:"trouble,omitempty"` // what is wrong at this moment, and what to do about it
+	Limits  []Limit           `json:"limits"`
 	Config  string            `json:"config"` // path
 	Reloads reloadCount       `json:"reloads"`
 	Rules   []RuleStatus      `json:"rules"`
+	Gone    RuleStatus        `json:"gone"` // the rules of before a reload that are not in force any longer
 	Servers []upstream.Status `json:"servers"`
 	Flows   gateway.Stats     `json:"flows"`
 	DNS     fakedns.Stats     `json:"dns"`
@@ -29,15 +28,24 @@ type Status struct {
 	Before  []Carrier         `json:"before,omitempty"` // processes that were taken over and still carry flows
 }
 
-// FlowStatus is a TCP flow that is being carried.
+// FlowStatus is a flow that is being carried.
 type FlowStatus = gateway.FlowStatus
 
-// RuleStatus is a rule with the flows that it decided in user space since the
-// last reload; what the kernel decides by it is not counted rule by rule.
+// RuleStatus is a rule with what it decided in user space since the daemon first
+// read it.
 type RuleStatus struct {
-	Position string `json:"position"`
-	Text     string `json:"text"`
+	Position string `json:"position,omitempty"`
+	Text     string `json:"text,omitempty"`
+	Action   string `json:"action,omitempty"`
 	Flows    uint64 `json:"flows"`
+	Up       uint64 `json:"up"`   // bytes from clients
+	Down     uint64 `json:"down"` // bytes to clients
+}
+
+func (r *RuleStatus) add(o RuleStatus) {
+	r.Flows += o.Flows
+	r.Up += o.Up
+	r.Down += o.Down
 }
 
 // KernelStatus is what the table has counted, and what others did to it.
@@ -53,8 +61,14 @@ func (d *Daemon) Status() Status {
 	s := Status{Started: d.started, Config: d.setup.Config.Path, Reloads: d.reloads}
 	d.mu.Unlock()
 	plan := d.gateway.Plan()
-	for _, r := range plan.Table().Rules() {
-		s.Rules = append(s.Rules, RuleStatus{r.Position(), r.Text, plan.Hits(r)})
+	for _, r := range d.gateway.Rules() {
+		rs := RuleStatus{Flows: r.Flows, Up: r.Up, Down: r.Down}
+		if r.Rule == nil {
+			s.Gone = rs
+			continue
+		}
+		rs.Position, rs.Text, rs.Action = r.Rule.Position(), r.Rule.Text, r.Rule.Action.String()
+		s.Rules = append(s.Rules, rs)
 	}
 	s.Servers = d.servers.Status(plan.Servers())
 	s.Flows = d.gateway.Stats()
@@ -67,115 +81,15 @@ func (d *Daemon) Status() Status {
 	if s.Kernel.Counters, err = d.kernel.Counters(); err != nil {
 		s.Kernel.Error = err.Error()
 	}
+	s.Limits = s.limits()
+	s.Trouble = s.trouble(time.Now())
 	return s
 }
 
-// metricsHandler serves the status as Prometheus text.
-func (d *Daemon) metricsHandler() http.Handler {
-	r := prometheus.NewRegistry()
-	r.MustRegister(exporter{d}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return promhttp.HandlerFor(r, promhttp.HandlerOpts{})
+// Flows returns what is being carried, TCP first, each the oldest first.
+func (d *Daemon) Flows() []FlowStatus {
+	return append(d.gateway.Flows(), d.gateway.UDPFlows(d.packets.List())...)
 }
 
-// exporter makes metrics of a Status at each scrape.
-type exporter struct{ d *Daemon }
-
-// Describe describes nothing: which servers there are changes with a reload.
-func (exporter) Describe(chan<- *prometheus.Desc) {}
-
-// Collect reads the status once.
-func (e exporter) Collect(out chan<- prometheus.Metric) {
-	s := e.d.Status()
-	send := func(kind prometheus.ValueType, name, help string, value float64, labels ...string) {
-		var names, values []string
-		for i := 0; i < len(labels); i += 2 {
-			names, values = append(names, labels[i]), append(values, labels[i+1])
-		}
-		out <- prometheus.MustNewConstMetric(prometheus.NewDesc("tproxyd_"+name, help, names, nil), kind, value, values...)
-	}
-	gauge := func(name, help string, v float64, labels ...string) {
-		send(prometheus.GaugeValue, name, help, v, labels...)
-	}
-	counter := func(name, help string, v uint64, labels ...string) {
-		send(prometheus.CounterValue, name+"_total", help, float64(v), labels...)
-	}
-	gauge("start_time_seconds", "When the daemon started.", float64(s.Started.Unix()))
-	counter("reloads", "Reloads of the files.", s.Reloads.Done, "result", "done")
-	counter("reloads", "Reloads of the files.", s.Reloads.Refused, "result", "refused")
-
-	gauge("flows", "Flows that are being carried.", float64(s.Flows.Live))
-	counter("flows", "Flows carried since the start.", s.Flows.Proxied, "action", "proxied")
-	counter("flows", "Flows carried since the start.", s.Flows.Direct, "action", "direct")
-	for reason, n := range s.Flows.Refused {
-		counter("flows_refused", "Flows refused in user space.", n, "reason", reason)
-	}
-	counter("flow_bytes", "Bytes carried.", s.Flows.Up, "direction", "up")
-	counter("flow_bytes", "Bytes carried.", s.Flows.Down, "direction", "down")
-
-	for _, u := range s.Servers {
-		up := 0.0
-		if u.Up {
-			up = 1
-		}
-		gauge("upstream_up", "Whether the server is asked in its turn; 0: last.", up, "server", u.Name)
-		counter("upstream_flows", "Flows that the server carried.", u.Carried, "server", u.Name)
-		counter("upstream_faults", "Faults of the server.", u.Faults, "server", u.Name)
-		gauge("upstream_flows", "Flows that the server carries.", float64(u.Flows), "server", u.Name)
-		gauge("upstream_setup_seconds", "How long it takes until the server has greeted; 0: not known.", u.Setup, "server", u.Name)
-		gauge("upstream_warm", "Connections to the server that are made ahead of need.", float64(u.Warm), "server", u.Name)
-	}
-
-	before := Carrier{}
-	for _, c := range s.Before {
-		before.Flows += c.Flows
-		before.Sessions += c.Sessions
-	}
-	gauge("before_flows", "Flows that processes still carry which were taken over.", float64(before.Flows))
-	gauge("before_udp_sessions", "UDP sessions that processes still carry which were taken over.", float64(before.Sessions))
-
-	q := "Questions answered."
-	counter("dns_questions", q, s.DNS.Synthetic, "answer", "synthetic")
-	counter("dns_questions", q, s.DNS.Local, "answer", "local")
-	counter("dns_questions", q, s.DNS.Remote, "answer", "remote")
-	counter("dns_questions", q, s.DNS.Refused, "answer", "refused")
-	counter("dns_questions", q, s.DNS.Failed, "answer", "failed")
-	counter("dns_questions", q, s.DNS.Dropped, "answer", "none")
-	gauge("dns_names", "Names that have a synthetic address.", float64(s.DNS.Pool.Names))
-	gauge("dns_names_max", "Names that can have one.", float64(s.DNS.Pool.Max))
-	counter("dns_names_evicted", "Names that lost theirs to make room.", s.DNS.Pool.Evicted)
-	counter("dns_pool_full", "Questions without an answer, since every name has a live flow.", s.DNS.Pool.Full)
-	counter("dns_unowned", "Look-ups of synthetic addresses that no name has.", s.DNS.Pool.Unowned)
-	counter("state_errors", "Writes to the state directory that failed.", s.DNS.Pool.StoreErrors)
-
-	gauge("relay_sockets", "Sockets of flows.", float64(s.Relay.Conns))
-	gauge("relay_pipes", "Pipes that exist.", float64(s.Relay.Pipes))
-	counter("relay_refused", "Connections reset for want of descriptors.", s.Relay.Refused)
-	counter("relay_shortages", "Chunks that were copied for want of a pipe.", s.Relay.Shortages)
-
-	udp := s.UDP
-	gauge("udp_sessions", "Client sockets whose datagrams are carried.", float64(udp.Sessions))
-	gauge("udp_flows", "Destinations of all UDP sessions.", float64(udp.Flows))
-	gauge("udp_outlets", "Associations with servers, and sockets for DIRECT.", float64(udp.Outlets))
-	counter("udp_sessions", "UDP sessions since the start.", udp.Opened)
-	counter("udp_associations", "Outlets opened since the start.", udp.Associations)
-	counter("udp_evicted", "UDP flows ended early to make room.", udp.Evicted)
-	counter("udp_refused", "Datagrams answered with an ICMP error.", udp.Refused)
-	for direction, n := range map[string][2]uint64{"up": {udp.UpDatagrams, udp.Up}, "down": {udp.DownDatagrams, udp.Down}} {
-		counter("udp_datagrams", "Datagrams carried.", n[0], "direction", direction)
-		counter("udp_bytes", "Bytes of datagrams carried.", n[1], "direction", direction)
-	}
-	for reason, n := range udp.Dropped {
-		counter("udp_dropped", "Datagrams dropped.", n, "reason", reason)
-	}
-
-	k := s.Kernel
-	for verdict, c := range map[string]redirect.Count{
-		"diverted": k.Diverted, "datagrams": k.Datagrams, "dns": k.DNS, "direct": k.Direct, "denied": k.Denied, "refused": k.Refused, "guard": k.Guard,
-	} {
-		counter("kernel_packets", "Packets by what the table did with them; guard: a rule of routing was missing.", c.Packets, "verdict", verdict)
-	}
-	h := k.Healed
-	for what, n := range map[string]uint64{"table": h.Tables, "rule": h.Rules, "route": h.Routes, "mark": h.Marks} {
-		counter("healed", "What somebody else changed and was put right.", n, "what", what)
-	}
-}
+// Kill ends a flow; false: there is none of that ID.
+func (d *Daemon) Kill(id uint64) bool { return d.gateway.Kill(id) || d.packets.Kill(id) }

@@ -224,6 +224,7 @@ func (d *Daemon) udpOptions() relay.UDPOptions {
 		Refuse:     func(g flow.Datagram, r relay.Refusal) { d.refuser.Refuse(g, refusals[r]) },
 		TooBig:     func(g flow.Datagram, mtu int) { d.refuser.TooBig(g, mtu) },
 		Done:       d.gateway.SessionDone,
+		ID:         d.gateway.NextID,
 		Log:        d.log.With("part", "relay"),
 	}
 }

@@ -161,6 +161,9 @@ func TestManMetrics(t *testing.T) {
 	for name := range found(t, "internal/daemon", regexp.MustCompile(`\bcounter\("([a-z_]+)"`)) {
 		want["tproxyd_"+name+"_total"] = true
 	}
+	for name := range found(t, "internal/daemon", regexp.MustCompile(`\bhistogram\("([a-z_]+)"`)) {
+		want["tproxyd_"+name] = true
+	}
 	among(t, "man/tproxyd.8", ".Sh METRICS", "\n.Sh ", regexp.MustCompile(`(?m)^\.It Li (tproxyd_[a-z_]+)`), want)
 }
 

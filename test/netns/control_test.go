@@ -74,16 +74,18 @@ func TestMetrics(t *testing.T) {
 	w.client.curl(t, "http://www.denied.example/", "-4").refused(t)
 	eventually(t, 5*time.Second, "no flow is left", func() bool { return d.metric(t, "tproxyd_flows") == 0 })
 	for name, want := range map[string]float64{
-		`tproxyd_flows_total{action="proxied"}`:         3,
-		`tproxyd_flows_total{action="direct"}`:          0,
-		`tproxyd_flows_refused_total{reason="denied"}`:  1,
-		`tproxyd_flows_refused_total{reason="unowned"}`: 0,
-		`tproxyd_upstream_up{server="one"}`:             1,
-		`tproxyd_upstream_flows_total{server="one"}`:    3,
-		`tproxyd_upstream_faults_total{server="one"}`:   0,
-		`tproxyd_dns_names`:                             2,
-		`tproxyd_reloads_total{result="done"}`:          0,
-		`tproxyd_state_errors_total`:                    0,
+		`tproxyd_flows_total{action="proxied"}`:               3,
+		`tproxyd_flows_total{action="direct"}`:                0,
+		`tproxyd_flows_refused_total{reason="denied"}`:        1,
+		`tproxyd_flows_refused_total{reason="unowned"}`:       0,
+		`tproxyd_upstream_up{server="one"}`:                   1,
+		`tproxyd_upstream_flows_total{server="one"}`:          3,
+		`tproxyd_upstream_faults_total{server="one"}`:         0,
+		`tproxyd_upstream_answer_seconds_count{server="one"}`: 3,
+		`tproxyd_trouble`:                      0,
+		`tproxyd_dns_names`:                    2,
+		`tproxyd_reloads_total{result="done"}`: 0,
+		`tproxyd_state_errors_total`:           0,
 	} {
 		if got := d.metric(t, name); got != want {
 			t.Errorf("%s %v, want %v", name, got, want)
@@ -97,6 +99,16 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 
+	text := d.ask(t, "/metrics")
+	if r := w.gateway.run(t, command{args: []string{tool(t, "promtool"), "check", "metrics"}, stdin: text}); r.code != 0 || r.out+r.err != "" {
+		t.Errorf("promtool: exit %d\n%s%s", r.code, r.out, r.err)
+	}
+	for _, address := range []string{clientAt, lanAt, "www.example.org", "www.denied.example"} { // they are without number
+		if strings.Contains(text, address) {
+			t.Errorf("a metric tells of %s", address)
+		}
+	}
+
 	// Status says the same, by rule with its position.
 	var status struct {
 		Rules []struct {
@@ -105,7 +117,7 @@ func TestMetrics(t *testing.T) {
 		}
 		Flows struct{ Live, Proxied int }
 	}
-	if err := json.Unmarshal([]byte(d.cli(t, "status", "-c", d.config).ok(t).out), &status); err != nil {
+	if err := json.Unmarshal([]byte(d.cli(t, "status", "--json", "-c", d.config).ok(t).out), &status); err != nil {
 		t.Fatal(err)
 	}
 	if status.Flows.Live != 0 || status.Flows.Proxied != 3 || len(status.Rules) < 2 ||
@@ -175,7 +187,7 @@ SOCKD5 @=two,one *
 		outputs[f.Name()] = string(b)
 	}
 	for _, args := range [][]string{
-		{"status", "-c", d.config}, {"check", "-v", "-c", d.config},
+		{"status", "--all", "-c", d.config}, {"status", "--json", "-c", d.config}, {"check", "-v", "-c", d.config},
 		{"explain", "-c", d.config, "www.example.org:80"}, {"explain", "-c", d.config, "--json", "www.example.org:80"},
 		{"flows", "-c", d.config}, {"flows", "-c", d.config, "--json"}, {"check", "--probe", "-c", d.config},
 	} {
@@ -262,7 +274,7 @@ func TestUnowned(t *testing.T) {
 		Flows struct{ Refused map[string]int }
 		DNS   struct{ Pool struct{ Unowned int } }
 	}
-	if err := json.Unmarshal([]byte(d.cli(t, "status", "--socket", d.socket()).ok(t).out), &status); err != nil {
+	if err := json.Unmarshal([]byte(d.cli(t, "status", "--json", "--socket", d.socket()).ok(t).out), &status); err != nil {
 		t.Fatal(err)
 	}
 	if status.Flows.Refused["unowned"] != 3 || status.DNS.Pool.Unowned < 3 {

@@ -229,6 +229,7 @@ func TestFullDisk(t *testing.T) {
 	if d.metric(t, "tproxyd_state_errors_total") == 0 {
 		t.Error("the disk was not full: the test shows nothing")
 	}
+	d.troubled(t, "not kept on disk")
 	w.client.curl(t, "http://host-1.example.org/full").ok(t)
 	d.process.kill()
 	d.start(t)
@@ -286,6 +287,7 @@ func TestDescriptors(t *testing.T) {
 	if refused == 0 {
 		t.Error("the limit was not reached: the test shows nothing")
 	}
+	d.troubled(t, "want of descriptors")
 	for _, c := range open {
 		c.Close()
 	}

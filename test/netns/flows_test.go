@@ -108,5 +108,54 @@ func TestFlows(t *testing.T) {
 		t.Error(err)
 	}
 	plain.Close()
+	eventually(t, 2*time.Second, "no TCP flow is listed", func() bool { return len(list("--proto", "tcp")) == 0 })
+
+	// A socket of UDP, by its destination.
+	for _, at := range []string{outsideAt + ":9", "[" + outsideAt6 + "]:9"} { // the server chooses the family
+		w.outside.answerUDP(t, at, echoUDP)
+	}
+	u, err := w.client.dial("udp", synthetic+":9", time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	exchange := func() {
+		t.Helper()
+		u.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := io.WriteString(u, "datagram"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := u.Read(make([]byte, 100)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exchange()
+	sessions := list("--proto", "udp")
+	if len(sessions) != 1 {
+		t.Fatalf("sessions of UDP: %+v", sessions)
+	}
+	f := sessions[0]
+	if f.Name != "www.example.org" || f.Server != "one" || f.Up != 8 || f.Down != 8 || f.Client.String() != u.LocalAddr().String() || !strings.HasSuffix(f.Rule, "socks.cnf:4") {
+		t.Errorf("a session of UDP: %+v", f)
+	}
+	if l := list("--rule", "socks.cnf:4"); len(l) != 1 {
+		t.Errorf("by its rule: %+v", l)
+	}
+	if l := list("--rule", "socks.cnf:3"); len(l) != 0 {
+		t.Errorf("by another rule: %+v", l)
+	}
+	d.cli(t, "flows", "-c", d.config, "--kill", fmt.Sprint(f.ID)).ok(t)
+	if l := list(); len(l) != 0 {
+		t.Errorf("a session that was killed: %+v", l)
+	}
+	exchange()
+
+	// Where there is no terminal the watch is one table after the other.
+	watch := w.gateway.start(t, command{args: []string{d.bin, "flows", "--watch", "-c", d.config}})
+	eventually(t, 10*time.Second, "two tables", func() bool { return strings.Count(watch.output(), "\nID ") == 1 })
+	if out := watch.output(); strings.Contains(out, "\x1b") || !strings.Contains(out, "UP/S") || strings.Count(out, "www.example.org:9") < 2 {
+		t.Errorf("the watch shows\n%s", out)
+	}
+	d.cli(t, "flows", "-c", d.config, "--kill", fmt.Sprint(list()[0].ID)).ok(t)
 	eventually(t, 2*time.Second, "no flow is listed", func() bool { return len(list()) == 0 })
 }

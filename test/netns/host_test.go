@@ -254,7 +254,7 @@ func (h *host) listenPacket(t testing.TB, network, addr string) net.PacketConn {
 
 // tools are the programs that the tests run, and Debian's packages of them.
 var tools = map[string]string{
-	"busybox": "busybox-static", "podman": "podman", "curl": "curl", "danted": "dante-server", "dig": "bind9-dnsutils", "hpsockd": "hpsockd", "ip": "iproute2",
+	"busybox": "busybox-static", "podman": "podman", "chromium": "chromium", "promtool": "prometheus", "curl": "curl", "danted": "dante-server", "dig": "bind9-dnsutils", "hpsockd": "hpsockd", "ip": "iproute2",
 	"microsocks": "microsocks", "nft": "nftables", "ping": "iputils-ping", "setpriv": "util-linux",
 	"ss-local": "shadowsocks-libev", "ss-server": "shadowsocks-libev", "ssh": "openssh-client",
 	"ssh-keygen": "openssh-client", "sshd": "openssh-server", "tinyproxy": "tinyproxy-bin", "unshare": "util-linux",

@@ -207,7 +207,7 @@ func TestInteropFar(t *testing.T) {
 				}
 			}
 			eventually(t, 10*time.Second, "it is known, and connected to", func() bool {
-				if err := json.Unmarshal([]byte(d.cli(t, "status", "-c", d.config).ok(t).out), &status); err != nil {
+				if err := json.Unmarshal([]byte(d.cli(t, "status", "--json", "-c", d.config).ok(t).out), &status); err != nil {
 					t.Fatal(err)
 				}
 				for _, s := range status.Servers {

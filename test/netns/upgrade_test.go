@@ -72,7 +72,7 @@ func TestUpgrade(t *testing.T) {
 		}
 	}
 	eventually(t, 5*time.Second, "nobody else carries anything", func() bool {
-		return !strings.Contains(d.cli(t, "status", "-c", d.config).ok(t).out, `"before"`)
+		return !strings.Contains(d.cli(t, "status", "--json", "-c", d.config).ok(t).out, `"before"`)
 	})
 	d.stop(t)
 }
