@@ -18,9 +18,9 @@ func convertCommand(e *env) *cobra.Command {
 		Long: `Read the configuration of an older SOCKS client and print what it says as a file
 of rules. Standard error tells the fate of each of its lines: kept, changed and
 how, left out, or refused and why. A refused line stands in the output as a
-comment; the exit status is 2 then, for flows that it decided are decided by what
-follows it. FILE can be - for standard input. User names and passwords are not
-copied.
+comment, and the exit status is 2 then. What it would have denied or proxied is
+denied in its place as far as its destination is known. FILE can be - for
+standard input. User names and passwords are not copied.
 
 Formats: ` + strings.Join(convert.Formats(), ", ") + ".",
 		Example: "  tproxyd convert --from hummingbird old/socks.cnf > socks.cnf\n  tproxyd convert --from dante /etc/socks.conf > socks.cnf",

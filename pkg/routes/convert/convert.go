@@ -4,8 +4,11 @@
 // It promises that what it writes is read by routes.Parse without an error,
 // that each line of the old file has its fate told (kept, changed and how,
 // refused and why), and that nothing is guessed: what the language cannot say is
-// refused and stands in the output as a comment. Each system's own rule for what
-// nothing matches is written out. User names and passwords are never copied.
+// refused and stands in the output as a comment. What a refused line would have
+// denied or proxied does not pass for want of it: as far as its destination is
+// known it is denied in its place, and else a DEFAULT that lets pass is not
+// written. Each system's own rule for what nothing matches is written out. User
+// names and passwords are never copied.
 //
 // The grammars are those of Hummingbird's socks.cnf, CSTC's socks.conf(5) of
 // SOCKS version 4, NEC's libsocks5.conf, Dante's socks.conf(5) 1.4, and of
@@ -62,7 +65,7 @@ const (
 	Kept    Fate = iota // it says the same
 	Changed             // it says it otherwise, or not quite the same
 	LeftOut             // it has no meaning here, and no flow is decided otherwise without it
-	Refused             // it cannot be said; flows that it decided are decided by what follows
+	Refused             // it cannot be said; what it was about is denied, or decided by what follows
 	Added               // no line says it, but the client did it
 	Note                // for whoever reads the result
 )
@@ -118,6 +121,7 @@ type builder struct {
 	out    []output
 	report []Entry
 	known  map[string]bool // servers that have a SERVER line
+	lost   bool            // a line was refused that may have been about anything
 }
 
 // output is a line of the result.
@@ -127,6 +131,8 @@ type output struct {
 	fate   Fate // unless the language refuses the text
 	how    string
 	origin string // as the old file has it
+	why    string // it is refused, and text is the denial in its place
+	gone   bool   // it is refused, and text is a comment
 }
 
 // source is a line of the old file.
@@ -154,10 +160,33 @@ func (b *builder) add(text, why string) {
 	b.out = append(b.out, output{text: text, fate: Added, how: why})
 }
 
-// refuse tells why a line cannot be said, and keeps it as a comment.
+// refuse tells why a line cannot be said, and keeps it as a comment: it may have
+// been about anything.
 func (b *builder) refuse(s source, format string, args ...any) {
-	b.comment("refused: " + s.text)
+	b.lost = true
+	b.dismiss(s, format, args...)
+}
+
+// dismiss is refuse for a line for want of which nothing passes.
+func (b *builder) dismiss(s source, format string, args ...any) {
+	b.out = append(b.out, output{text: refusedComment(s.line, s.text), line: s.line, gone: true})
 	b.report = append(b.report, Entry{s.line, Refused, fmt.Sprintf(format, args...)})
+}
+
+// deny tells why a line cannot be said, and denies what it is about.
+func (b *builder) deny(s source, what []string, format string, args ...any) {
+	b.out = append(b.out, output{
+		text: "DENY " + strings.Join(what, " "), line: s.line, origin: s.text, why: fmt.Sprintf(format, args...),
+	})
+}
+
+// refusedComment is what stands for a line that was refused. What may hold a
+// password has no text.
+func refusedComment(line int, text string) string {
+	if text == "" {
+		text = fmt.Sprintf("line %d", line)
+	}
+	return "# refused: " + printable(text)
 }
 
 // leaveOut tells why a line is not needed.
@@ -179,6 +208,7 @@ func (b *builder) result() *Result {
 			b.reject(i, why)
 		}
 	}
+	b.unbalance()
 	for {
 		_, diags := routes.Parse("", bytes.NewReader(b.text()), routes.Options{Open: noFiles})
 		if !diags.HasErrors() {
@@ -187,14 +217,22 @@ func (b *builder) result() *Result {
 			}
 			break
 		}
+		last := -1 // one mistake of a line is enough
 		for _, d := range diags {
-			if i := d.Line - 1; d.Severity == routes.Error && i < len(b.out) && b.out[i].text[0] != '#' {
+			if i := d.Line - 1; d.Severity == routes.Error && i != last && i < len(b.out) && b.out[i].text[0] != '#' {
 				b.reject(i, d.Msg)
+				last = i
 			}
 		}
+		b.unbalance()
 	}
+	b.close()
 	for _, o := range b.out {
 		if o.text[0] == '#' {
+			continue
+		}
+		if o.why != "" {
+			b.report = append(b.report, Entry{o.line, Refused, o.why + "; what it is about is denied in its place: " + o.text})
 			continue
 		}
 		text := o.text
@@ -212,21 +250,82 @@ func (b *builder) result() *Result {
 	return &Result{Rules: b.text(), Report: b.report}
 }
 
-// reject turns a line that was written into a comment.
+// reject turns a line that was written into the denial of what it is about, and
+// that, or what is no rule with servers, into a comment.
 func (b *builder) reject(i int, why string) {
 	o := &b.out[i]
+	if o.why == "" {
+		if denial := denialOf(o.text); denial != "" && unsafe(denial) == "" {
+			o.text, o.why = denial, why
+			return
+		}
+		o.why = why
+	}
+	b.lost = b.lost || !strings.HasPrefix(o.text, "DIRECT ") && isRule(o.text)
+	b.report = append(b.report, Entry{o.line, Refused, o.why})
 	text := o.origin
 	if text == "" {
 		text = o.text
 	}
-	b.report = append(b.report, Entry{o.line, Refused, why})
-	o.text = "# refused: " + printable(text)
+	o.text, o.why, o.gone = refusedComment(o.line, text), "", true
+}
+
+// isRule tells whether a line decides flows.
+func isRule(text string) bool {
+	word, _, _ := strings.Cut(text, " ")
+	return word == "DENY" || word == "DIRECT" || word == "HTTP" || strings.HasPrefix(strings.ToUpper(word), "SOCKD")
+}
+
+// denialOf returns a rule that denies what a rule with servers is about; empty:
+// the line is none.
+func denialOf(text string) string {
+	words := strings.Fields(text)
+	if len(words) < 2 || !isRule(text) || words[0] == "DENY" || words[0] == "DIRECT" {
+		return ""
+	}
+	words[0] = "DENY"
+	return strings.Join(slices.DeleteFunc(words, func(w string) bool {
+		return strings.HasPrefix(w, "@=") || strings.HasPrefix(w, "balance=")
+	}), " ")
+}
+
+// unbalance refuses a line BALANCE whose rule was refused, for it would be that
+// of the next one.
+func (b *builder) unbalance() {
+	for i := range b.out {
+		if b.out[i].text != "BALANCE" {
+			continue
+		}
+		for _, next := range b.out[i+1:] {
+			switch {
+			case next.gone || next.why != "":
+				b.report = append(b.report, Entry{b.out[i].line, Refused, fmt.Sprintf("it is for line %d, which is refused", next.line)})
+				b.out[i].text, b.out[i].gone = refusedComment(b.out[i].line, b.out[i].text), true
+			case strings.HasPrefix(next.text, "#"), next.line == 0, !isRule(next.text), denialOf(next.text) == "":
+				continue
+			}
+			break
+		}
+	}
+}
+
+// close takes back a DEFAULT that lets pass what a line may have been about that
+// was refused.
+func (b *builder) close() {
+	if last := &b.out[len(b.out)-1]; b.lost && last.text == "DEFAULT DIRECT" {
+		last.text = "DEFAULT DENY"
+		last.how += "; but a line was refused that may have been about anything, so nothing passes for want of it"
+	}
 }
 
 func (b *builder) text() []byte {
 	var t bytes.Buffer
 	for _, o := range b.out {
-		t.WriteString(o.text + "\n")
+		t.WriteString(o.text)
+		if o.why != "" {
+			t.WriteString(" " + refusedComment(o.line, o.origin))
+		}
+		t.WriteString("\n")
 	}
 	return t.Bytes()
 }

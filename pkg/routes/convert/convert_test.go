@@ -25,7 +25,7 @@ func TestConvert(t *testing.T) {
 		tells  []string
 	}{
 		{"hummingbird slips", Hummingbird, "sockd5 @=10.0.3.1 0.0.0.0. 0.0.0.0\ndirect WWW.Example.org 255.255.255.255\nsocks5 - - -\nDENY\nGSS 1\nBIND-MODULE ftp.exe\nSOCKD5 1.2.3.4 255.255.255.255\nDENY 10.0.0.0 0.0.0.255\nDENY 10.0.0.0/8 255.255.0.0\n",
-			"SOCKD5 @=10.0.3.1 0.0.0.0 0.0.0.0\nDIRECT WWW.Example.org\nBIND-MODULE ftp.exe\nDEFAULT DENY\n",
+			"SOCKD5 @=10.0.3.1 0.0.0.0 0.0.0.0\nDIRECT WWW.Example.org\nBIND-MODULE ftp.exe\nDENY 1.2.3.4 255.255.255.255 # refused: SOCKD5 1.2.3.4 255.255.255.255\nDEFAULT DENY\n",
 			[]string{
 				`1 changed SOCKD5 @=10.0.3.1 0.0.0.0 0.0.0.0: "0.0.0.0." has a dot too much`,
 				"2 changed DIRECT WWW.Example.org: a name takes no mask",
@@ -42,7 +42,7 @@ func TestConvert(t *testing.T) {
 				"4 refused version 4 is sent addresses alone", `5 refused "sockd5" is no keyword of this format; the file looks like one of Hummingbird`,
 			}},
 		{"nec patterns", NEC, "noproxy c 10.1. [1024,2000)\nsocks5 u,p .Example.org (79,80] - a.example:1081\nsocks4 c 172.16.0.0/255.240.0.0 telnet - 10.0.3.1\nnoproxy - 191.1.2.3/n -\nnoproxy t - -\nnoproxy - 1.2.3.4/s -\nsocks5 - - -\nsocks5 - -\nset SOCKS5_LOCALDNSONLY 1\nset SOCKS5_TIMEOUT 15\nnoproxy - - (80,81)\n",
-			"RESOLVE local *\nDIRECT 10.1.0.0/16 1024-1999 proto=tcp\nSOCKD5 @=a.example:1081 *.Example.org 80-80 proto=udp\nSOCKD4 @=10.0.3.1 172.16.0.0 255.240.0.0 eq telnet proto=tcp\nDIRECT 191.1.0.0/16\nDEFAULT DIRECT\n",
+			"RESOLVE local *\nDIRECT 10.1.0.0/16 1024-1999 proto=tcp\nSOCKD5 @=a.example:1081 *.Example.org 80-80 proto=udp\nSOCKD4 @=10.0.3.1 172.16.0.0 255.240.0.0 eq telnet proto=tcp\nDIRECT 191.1.0.0/16\nDENY * # refused: socks5 - - -\nDEFAULT DENY\n",
 			[]string{
 				"2 changed SOCKD5 @=a.example:1081 *.Example.org 80-80 proto=udp: ping cannot be carried", "4 changed DIRECT 191.1.0.0/16: /n is the network of its class, /16",
 				`5 refused "t": traceroute cannot be carried`, "6 refused \"1.2.3.4/s\": /s was the subnet", "7 refused no server is named", "8 refused a line is KEYWORD COMMANDS HOST PORT",
@@ -68,7 +68,7 @@ route { from: 0/0 to: 172.17.0.0/16 via: direct }
 		{"dante, no route", Dante, "# nothing\n", "RESOLVE local *\nDEFAULT DIRECT\n", nil},
 		{"proxychains", Proxychains, "strict_chain\nquiet_mode\nproxy_dns\ntcp_connect_time_out 8000\nlocalnet 192.168.100.0:80/24\nlocalnet 10.0.0.0/255.0.0.0\n#socks5 10.0.0.9 1080 zaphod geheim\n[ProxyList]\nhttp 10.0.0.1 8080 zaphod geheim\nsocks4 10.0.0.2 1080\nraw 10.0.0.3 1 zaphod geheim\n",
 			"TIMEOUT connect=8000ms\nDIRECT 192.168.100.0/24 eq 80\nDIRECT 10.0.0.0 255.0.0.0\nRESOLVE remote *\nSERVER proxy1 10.0.0.1:8080 type=http credential=proxychains1\nSERVER proxy2 10.0.0.2:1080 type=socks4a\nSOCKD4A @=proxy1>proxy2 *\nDEFAULT DENY\n",
-			[]string{"11 refused raw is none of socks4, socks5 and http"}},
+			[]string{"11 refused the type of a server is socks4, socks5 or http"}},
 		{"proxychains, one of many", Proxychains, "random_chain\nchain_len = 1\n[ProxyList]\nsocks5 2001:db8::1 1080\nsocks5 10.0.0.2 1081\n",
 			"RESOLVE local *\nSERVER proxy1 [2001:db8::1]:1080 type=socks5\nSERVER proxy2 10.0.0.2:1081 type=socks5\nSOCKD5 @=proxy1,proxy2 * balance=random\nDEFAULT DENY\n", nil},
 		{"proxychains, drawn chains", Proxychains, "random_chain\nchain_len = 2\n[ProxyList]\nsocks5 10.0.0.2 1081\n", "RESOLVE local *\nDEFAULT DENY\n",
@@ -78,7 +78,7 @@ route { from: 0/0 to: 172.17.0.0/16 via: direct }
 			[]string{`9 refused "default_pas" is not read`, "12 refused a flow does not go out directly"}},
 		{"redsocks", Redsocks, "base {\n log = stderr;\n}\nredsocks {\n ip = 10.0.3.1;\n port = 1080;\n type = socks5;\n login = \"zaphod\"; // me\n password = \"geheim\";\n}\nredudp { ip = 10.0.3.1; }\nredudp {\n ip = 10.0.3.1;\n port = 1080;\n}\nredsocks {\n type = http-connect;\n ip = 10.0.3.2;\n port = 3128;\n}\npassword=geheim\nother {\n}\n",
 			"RESOLVE remote *\nSERVER redsocks1 10.0.3.1:1080 credential=redsocks\nSOCKD5 @=redsocks1 * proto=tcp\nSOCKD5 @=10.0.3.1:1080 * proto=udp\nDEFAULT DENY\n",
-			[]string{"1 left out", "16 refused one section redsocks is for all flows", "21 refused it is not read", `22 refused there is no section "other"`}},
+			[]string{"1 left out", "16 refused one section redsocks is for all flows", "21 refused it is not read", "22 refused there is no section of this name"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r, err := Convert(tt.format, strings.NewReader(tt.in))
@@ -175,7 +175,7 @@ func FuzzConvert(f *testing.F) {
 		}
 		written := 0
 		for line := range strings.Lines(string(r.Rules)) {
-			if line[0] != '#' {
+			if line[0] != '#' && !strings.Contains(line, " # refused: ") {
 				written++
 			}
 		}

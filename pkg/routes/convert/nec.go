@@ -22,18 +22,27 @@ func (b *builder) nec(text string) {
 	}
 	var all []line
 	var modes, names []string // where names are resolved, and which names rules name
+	credential := ""          // for all servers, as the variables were
 	server := false
 	lines(text, func(s source, words []string) {
+		if strings.Contains(strings.ToUpper(s.text), "PASSW") && words[0][0] == '#' {
+			b.leaveOut(s, "a comment that may hold a password")
+			return
+		}
 		if b.commented(s) {
 			return
 		}
-		all = append(all, line{s, words})
 		word := strings.ToLower(words[0])
 		server = server || slices.Contains(necServer, word)
-		if word == "set" && len(words) > 1 {
-			modes = append(modes, strings.ToUpper(words[1]))
+		if word == "set" {
+			s.text = "" // it may hold a password
+			if len(words) > 1 {
+				modes = append(modes, strings.ToUpper(words[1]))
+			}
 		}
+		all = append(all, line{s, words})
 		switch {
+		case word == "set":
 		case len(words) < 3 || !isName(words[2]) || strings.Contains(words[2], "/"):
 		case words[2][0] == '.':
 			names = append(names, "*"+words[2])
@@ -60,37 +69,53 @@ func (b *builder) nec(text string) {
 		}
 		b.add("RESOLVE local-then-remote *", "a name that is not known here is sent to a server, as the library did")
 	}
+	if slices.Contains(modes, "SOCKS5_USER") || slices.Contains(modes, "SOCKS5_PASSWD") {
+		credential = "nec"
+	}
 	for _, l := range all {
-		b.necLine(l.source, l.words)
+		b.necLine(l.source, l.words, credential)
 	}
 	b.add("DEFAULT DIRECT", "what no line matches this client connected to directly")
 }
 
-func (b *builder) necLine(s source, words []string) {
+func (b *builder) necLine(s source, words []string, credential string) {
 	word := strings.ToLower(words[0])
 	action := map[string]string{"socks5": "SOCKD5", "socks4": "SOCKD4", "noproxy": "DIRECT"}[word]
+	refuse := b.refuse
+	if strings.HasPrefix(word, "noproxy") {
+		refuse = b.dismiss
+	}
 	switch {
 	case word == "set":
-		if len(words) > 1 && slices.Contains([]string{"SOCKS5_FAKEALLHOSTS", "SOCKS5_LOCALDNSONLY"}, strings.ToUpper(words[1])) {
-			return // at the head
-		}
-		b.leaveOut(s, "the variable has no meaning here")
+		b.necVariable(s, words)
 		return
-	case strings.HasSuffix(word, "-") && slices.Contains([]string{"socks5-", "socks4-", "noproxy-"}, word):
-		b.refuse(s, "a blank is missing: write %s -", strings.TrimSuffix(words[0], "-"))
+	case slices.Contains([]string{"socks5-", "socks4-", "noproxy-"}, word):
+		refuse(s, "a blank is missing: write %s -", strings.TrimSuffix(words[0], "-"))
 		return
 	case action == "":
 		b.refuse(s, "%q is no keyword of this format%s", words[0], looksLike(words))
 		return
 	case len(words) < 4:
-		b.refuse(s, "a line is KEYWORD COMMANDS HOST PORT [USERS [SERVERS]]; %d fields are missing", 4-len(words))
-		return
-	case len(words) > 6:
-		b.refuse(s, "%q is too much", strings.Join(words[6:], " "))
+		refuse(s, "a line is KEYWORD COMMANDS HOST PORT [USERS [SERVERS]]; %d fields are missing", 4-len(words))
 		return
 	}
-	var how []string
-	out := []string{action}
+	host, hostNote, err := necHost(words[2])
+	if err != nil {
+		refuse(s, "%v", err)
+		return
+	}
+	port, err := necPort(words[3])
+	if err != nil {
+		refuse(s, "%v", err)
+		return
+	}
+	options, commandNote, err := necCommands(words[1])
+	if err != nil {
+		b.dismiss(s, "%v", err)
+		return
+	}
+	about := slices.Concat(host, port, options)
+	how := slices.DeleteFunc([]string{hostNote, commandNote}, func(n string) bool { return n == "" })
 	users, servers := "-", "-"
 	if len(words) > 4 {
 		users = words[4]
@@ -98,44 +123,62 @@ func (b *builder) necLine(s source, words []string) {
 	if len(words) > 5 {
 		servers = words[5]
 	}
+	why := ""
+	switch {
+	case len(words) > 6:
+		why = fmt.Sprintf("%q is too much", strings.Join(words[6:], " "))
+	case action == "DIRECT":
+	case servers == "-" && len(words) == 5 && strings.Count(users, ".") >= 3:
+		why = fmt.Sprintf("%s stands where users do, the servers are the sixth field: write %s", users, strings.Join(append(slices.Clone(words[:4]), "-", users), " "))
+	case servers == "-":
+		why = "no server is named; it was that of SOCKS5_SERVER: write it as the sixth field"
+	}
+	switch {
+	case why != "" && action == "DIRECT":
+		b.dismiss(s, "%s", why)
+		return
+	case why != "":
+		b.deny(s, about, "%s", why)
+		return
+	}
+	out := []string{action}
 	if action != "DIRECT" {
-		if servers == "-" && len(words) == 5 && strings.Count(users, ".") >= 3 {
-			b.refuse(s, "%s stands where users do, the servers are the sixth field: write %s", users, strings.Join(append(slices.Clone(words[:4]), "-", users), " "))
-			return
-		}
-		if servers == "-" {
-			b.refuse(s, "no server is named; it was that of SOCKS5_SERVER: write it as the sixth field")
-			return
-		}
-		out = append(out, "@="+servers)
+		out = append(out, "@="+b.necServers(s, servers, credential))
 	} else if servers != "-" {
 		how = append(how, "noproxy needs no servers")
 	}
 	if users != "-" {
 		out = append(out, "*="+users)
 	}
-	host, note, err := necHost(words[2])
-	if err != nil {
-		b.refuse(s, "%v", err)
-		return
+	b.write(s, strings.Join(slices.Concat(out, about), " "), strings.Join(how, "; "))
+}
+
+// necServers gives each server of a list its SERVER line, if there is a
+// credential for it.
+func (b *builder) necServers(s source, list, credential string) string {
+	if credential == "" {
+		return list
 	}
-	if note != "" {
-		how = append(how, note)
+	names := strings.Split(list, ",")
+	for i, at := range names {
+		names[i] = b.server(source{line: s.line}, strings.ReplaceAll(at, ":", "-"), at, "", credential)
 	}
-	port, err := necPort(words[3])
-	if err != nil {
-		b.refuse(s, "%v", err)
-		return
+	return strings.Join(names, ",")
+}
+
+// necVariable tells of a line set that was not read for the head.
+func (b *builder) necVariable(s source, words []string) {
+	name := ""
+	if len(words) > 1 {
+		name = strings.ToUpper(words[1])
 	}
-	options, note, err := necCommands(words[1])
-	if err != nil {
-		b.refuse(s, "%v", err)
-		return
+	switch name {
+	case "SOCKS5_FAKEALLHOSTS", "SOCKS5_LOCALDNSONLY": // at the head
+	case "SOCKS5_USER", "SOCKS5_PASSWD":
+		b.leaveOut(s, "user name and password go into credentials.toml, and the servers have credential=")
+	default:
+		b.leaveOut(s, "the variable has no meaning here")
 	}
-	if note != "" {
-		how = append(how, note)
-	}
-	b.write(s, strings.Join(slices.Concat(out, host, port, options), " "), strings.Join(how, "; "))
 }
 
 // necHost reads a pattern of hosts.

@@ -1,7 +1,7 @@
 package convert
 
 import (
-	"fmt"
+	"errors"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -20,13 +20,17 @@ func (b *builder) proxychains(text string) {
 	var hops []proxy
 	lines(text, func(s source, words []string) {
 		word := strings.ToLower(words[0])
+		whole := s.text
+		if s.text = ""; !list { // what follows the first word may be a password
+			s.text = words[0]
+		}
 		switch {
 		case word[0] == '#':
 		case word == "[proxylist]":
 			list = true
 		case list:
 			p, err := readProxy(words)
-			p.source = source{s.line, strings.Join(words[:min(len(words), 3)], " ")}
+			p.source = s
 			if err != nil {
 				b.refuse(p.source, "%v", err)
 				return
@@ -39,7 +43,7 @@ func (b *builder) proxychains(text string) {
 		case word == "proxy_dns", strings.HasPrefix(word, "proxy_dns_"):
 			resolve = "remote"
 		case word == "localnet" && len(words) > 1:
-			b.localnet(s, words[1])
+			b.localnet(source{s.line, whole}, words[1])
 		case word == "dnat":
 			b.refuse(s, "a destination cannot be exchanged for another one")
 		case slices.Contains([]string{"quiet_mode", "remote_dns_subnet", "tcp_read_time_out"}, word):
@@ -94,11 +98,11 @@ type proxy struct {
 // readProxy reads TYPE HOST PORT [USER PASSWORD].
 func readProxy(words []string) (p proxy, err error) {
 	if len(words) < 3 {
-		return p, fmt.Errorf("a server is TYPE HOST PORT [USER PASSWORD]")
+		return p, errors.New("a server is TYPE HOST PORT [USER PASSWORD]")
 	}
 	p.kind = strings.ToLower(words[0])
 	if !slices.Contains([]string{"socks4", "socks5", "http"}, p.kind) {
-		return p, fmt.Errorf("%s is none of socks4, socks5 and http", words[0])
+		return p, errors.New("the type of a server is socks4, socks5 or http")
 	}
 	p.endpoint, err = endpoint(words[1], words[2])
 	p.secret = len(words) > 3
@@ -108,7 +112,7 @@ func readProxy(words []string) (p proxy, err error) {
 // endpoint joins a host and a port as the language does.
 func endpoint(host, port string) (string, error) {
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return "", fmt.Errorf("%q is not the port of a server", port)
+		return "", errors.New("the port of the server is not a number from 1 to 65535")
 	}
 	if a, err := netip.ParseAddr(host); err == nil && a.Is6() {
 		host = "[" + host + "]"
@@ -168,7 +172,9 @@ func (b *builder) tsocks(text string) {
 		line := strings.Join(words, " ")
 		key, value, ok := strings.Cut(line, "=")
 		key, value = strings.ToLower(strings.TrimSpace(key)), strings.TrimSpace(value)
-		s.text = key
+		if s.text = key; !ok {
+			s.text = "" // it may hold a password
+		}
 		switch {
 		case line[0] == '#':
 		case strings.ToLower(words[0]) == "path" && strings.HasSuffix(line, "{"):
@@ -206,7 +212,7 @@ func (b *builder) tsocks(text string) {
 			b.refuse(v.at, "no server is named")
 			return "", "", false
 		case action == "":
-			b.refuse(v.at, "server_type %q is neither 4 nor 5", v.kind)
+			b.refuse(v.at, "server_type is neither 4 nor 5")
 			return "", "", false
 		case err != nil:
 			b.refuse(v.at, "%v", err)
@@ -256,24 +262,27 @@ func (b *builder) redsocks(text string) {
 	for i, line := range strings.Split(text, "\n") {
 		line, _, _ = strings.Cut(line, "//")
 		line, _, _ = strings.Cut(line, "#")
-		line = strings.TrimSpace(line)
-		s := source{i + 1, line}
-		key, value, ok := strings.Cut(strings.TrimSuffix(line, ";"), "=")
-		switch {
-		case line == "":
-		case strings.HasSuffix(line, "{"):
-			section, values, begin = strings.ToLower(strings.TrimSpace(strings.TrimSuffix(line, "{"))), map[string]string{}, s
-		case line == "}":
-			if section == "" {
-				b.refuse(s, "no section is open")
+		for rest := strings.TrimSpace(line); rest != ""; rest = strings.TrimSpace(rest) {
+			var part string
+			part, rest = redsocksPart(rest)
+			s := source{line: i + 1} // without its text, which may hold a password
+			key, value, ok := strings.Cut(part, "=")
+			switch {
+			case part == "":
+			case strings.HasSuffix(part, "{"):
+				section, values, begin = strings.ToLower(strings.TrimSpace(strings.TrimSuffix(part, "{"))), map[string]string{}, s
+			case part == "}":
+				if section == "" {
+					b.refuse(s, "no section is open")
+					continue
+				}
+				b.redsocksSection(begin, section, values, done)
+				section = ""
+			case ok && section != "":
+				values[strings.ToLower(strings.TrimSpace(key))] = strings.Trim(strings.TrimSpace(value), `"`)
+			default:
+				b.refuse(s, "it is not read; a file is SECTION { KEY = VALUE; }%s", looksLike(strings.Fields(part)[:1]))
 			}
-			b.redsocksSection(begin, section, values, done)
-			section = ""
-		case ok && section != "":
-			values[strings.ToLower(strings.TrimSpace(key))] = strings.Trim(strings.TrimSpace(value), `"`)
-		default:
-			s.text = strings.TrimSpace(key)
-			b.refuse(s, "it is not read; a file is SECTION { KEY = VALUE; }%s", looksLike(strings.Fields(line)[:1]))
 		}
 	}
 	if section != "" {
@@ -281,6 +290,23 @@ func (b *builder) redsocks(text string) {
 	}
 	b.add("DEFAULT DENY", "what redsocks was not given its firewall rules let pass: write DIRECT rules for those networks above")
 	b.note(0, "which flows come to it redsocks leaves to the firewall: networks that its rules let pass need DIRECT lines before the last rule")
+}
+
+// redsocksPart takes the first of what stands on a line: a section's name with
+// its brace, a closing brace, or a setting without its semicolon.
+func redsocksPart(line string) (part, rest string) {
+	i := strings.IndexAny(line, ";{}")
+	switch {
+	case i < 0:
+		return line, ""
+	case line[i] == '{':
+		return line[:i+1], line[i+1:]
+	case line[i] == '}' && i == 0:
+		return "}", line[1:]
+	case line[i] == '}':
+		return strings.TrimSpace(line[:i]), line[i:]
+	}
+	return strings.TrimSpace(line[:i]), line[i+1:]
 }
 
 func (b *builder) redsocksSection(s source, section string, v map[string]string, done map[string]bool) {
@@ -293,7 +319,7 @@ func (b *builder) redsocksSection(s source, section string, v map[string]string,
 		return
 	case "redsocks", "redudp":
 	default:
-		b.refuse(s, "there is no section %q in this format", section)
+		b.refuse(s, "there is no section of this name in this format")
 		return
 	}
 	action := map[string]string{"socks4": "SOCKD4", "socks5": "SOCKD5", "http-connect": "HTTP", "http-relay": "HTTP"}[strings.ToLower(v["type"])]
@@ -310,7 +336,7 @@ func (b *builder) redsocksSection(s source, section string, v map[string]string,
 		b.refuse(s, "one section %s is for all flows; the firewall told which came to the others", section)
 		return
 	case action == "":
-		b.refuse(s, "type %q is none of socks4, socks5, http-connect and http-relay", v["type"])
+		b.refuse(s, "type is none of socks4, socks5, http-connect and http-relay")
 		return
 	case err != nil:
 		b.refuse(s, "%v", err)

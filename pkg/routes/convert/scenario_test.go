@@ -137,9 +137,9 @@ func TestVerbatim(t *testing.T) {
 		}},
 		{NEC, "nec-verbatim.conf", []Entry{
 			{2, Refused, "a blank is missing: write NOPROXY -"},
-			{3, Refused, "10.0.4.1 stands where users do, the servers are the sixth field: write SOCKS5 - 192.168.100. - - 10.0.4.1"},
-			{4, Refused, "10.0.4.1 stands where users do, the servers are the sixth field: write SOCKS5 - .private-net.org - - 10.0.4.1"},
-			{5, Refused, "10.0.3.1,10.0.3.2 stands where users do, the servers are the sixth field: write SOCKS5 - - 80 - 10.0.3.1,10.0.3.2"},
+			{3, Refused, "10.0.4.1 stands where users do, the servers are the sixth field: write SOCKS5 - 192.168.100. - - 10.0.4.1; what it is about is denied in its place: DENY 192.168.100.0/24"},
+			{4, Refused, "10.0.4.1 stands where users do, the servers are the sixth field: write SOCKS5 - .private-net.org - - 10.0.4.1; what it is about is denied in its place: DENY *.private-net.org"},
+			{5, Refused, "10.0.3.1,10.0.3.2 stands where users do, the servers are the sixth field: write SOCKS5 - - 80 - 10.0.3.1,10.0.3.2; what it is about is denied in its place: DENY * eq 80"},
 		}},
 		{Dante, "dante-verbatim.conf", []Entry{
 			{12, Refused, `"(http)." is not read: a file is settings (NAME: VALUE) and route { … }`},
