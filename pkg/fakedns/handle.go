@@ -65,7 +65,15 @@ func (s *Server) handle(ctx context.Context, req *dns.Msg, a Asker) *dns.Msg {
 	resp, err := s.fwd.exchange(ctx, req, a)
 	if err == nil && verdict == RealDirect {
 		if addrs, ttl := addresses(resp); len(addrs) > 0 {
-			err = s.o.Admit(name, a, addrs, ttl)
+			if e := s.o.Admit(name, a, addrs, ttl); e != nil {
+				// The client could not go there. By a synthetic address it can.
+				s.o.Log.Debug("addresses that are not let pass", "host", name, "err", e)
+				switch q.Qtype {
+				case dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS, dns.TypeSVCB, dns.TypeANY:
+					return s.proxied(ctx, req, name, a)
+				}
+				resp.Extra = slices.DeleteFunc(resp.Extra, isAddress)
+			}
 		}
 	}
 	if err != nil {

@@ -51,7 +51,8 @@ type Options struct {
 	// not call the Server.
 	Decide func(name string, a Asker) (v Verdict, shared bool)
 	// Admit lets addresses of a RealDirect name pass, before the client hears
-	// of them. An error becomes SERVFAIL.
+	// of them. After an error the answer is a synthetic address: whoever takes
+	// flows to that can dial the name itself.
 	Admit func(name string, a Asker, addrs []netip.Addr, ttl time.Duration) error
 	// DialRemote connects to a resolver by the way that the name's flows go,
 	// for DNS over TCP. nil: questions that need it get SERVFAIL.

@@ -77,12 +77,13 @@ func TestServe(t *testing.T) {
 
 		{"a.direct.", dns.TypeA, "NOERROR | a.direct. 300 IN A 192.0.2.80", "local udp a.direct. A"},
 		{"a.direct.", dns.TypeTXT, `NOERROR | a.direct. 300 IN TXT "hello"`, "local udp a.direct. TXT"},
-		{"unwanted.direct.", dns.TypeA, "SERVFAIL", "local udp unwanted.direct. A"},
 
 		{"a.first.", dns.TypeA, "NOERROR | a.first. 300 IN A 192.0.2.80", "local udp a.first. A"},
 		{"missing.first.", dns.TypeA, "NOERROR | missing.first. 60 IN A 198.18.0.4", "local udp missing.first. A"},
 		{"broken.first.", dns.TypeAAAA, "NOERROR | broken.first. 60 IN AAAA fd74:7072:6f78::5", "local udp broken.first. AAAA"},
 		{"unwilling.first.", dns.TypeA, "REFUSED", "local udp unwilling.first. A"},
+		{"unwanted.direct.", dns.TypeA, "NOERROR | unwanted.direct. 60 IN A 198.18.0.6", "local udp unwanted.direct. A"},
+		{"unwanted.direct.", dns.TypeMX, "NOERROR | unwanted.direct. 300 IN MX 10 mail.real.", "local udp unwanted.direct. MX"},
 
 		{"a.refused.", dns.TypeA, "REFUSED", ""},
 		{"a.nx.", dns.TypeTXT, "NXDOMAIN", ""},
@@ -108,14 +109,14 @@ func TestServe(t *testing.T) {
 					t.Errorf("%s edns=%v %s %s: resolvers heard %q, want %q", network, edns, tt.name, dns.TypeToString[tt.qtype], got, want)
 				}
 			}
-			want := []string{"a.direct [192.0.2.80]", "unwanted.direct [192.0.2.80]"}
+			want := []string{"a.direct [192.0.2.80]", "unwanted.direct [192.0.2.80]", "unwanted.direct [192.0.2.25 2001:db8::25]"}
 			if got := admitted.take(); !cmp.Equal(got, want) {
 				t.Errorf("admitted %q, want %q", got, want)
 			}
 		}
 	}
 	st := s.Stats()
-	if st.Synthetic != 4*14 || st.Local != 4*10 || st.Remote != 4*4 || st.Refused != 4*5 || st.Failed != 4 || st.Dropped != 0 || st.Pool.Names != 5 {
+	if st.Synthetic != 4*15 || st.Local != 4*11 || st.Remote != 4*4 || st.Refused != 4*5 || st.Failed != 0 || st.Dropped != 0 || st.Pool.Names != 6 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -180,6 +181,40 @@ func TestServeAdmitsFirst(t *testing.T) {
 		"admit [192.0.2.80] 5m0s for 127.0.0.1", "answer", "admit [192.0.2.80] 5m0s for 127.0.0.1", "answer"}
 	if got := events.take(); !cmp.Equal(got, want) {
 		t.Error(cmp.Diff(got, want))
+	}
+}
+
+// TestServeWithoutAdmission: where no address is let pass, as the kernel's set is
+// full, a client is not given one that it cannot reach.
+func TestServeWithoutAdmission(t *testing.T) {
+	var seen asked
+	local := startResolver(t, "local", &seen)
+	var d net.Dialer
+	s := newServer(t, Options{
+		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return d.DialContext(ctx, network, local)
+		},
+		Admit: func(string, Asker, []netip.Addr, time.Duration) error { return errors.New("full") },
+	})
+	addr := start(t, s, plain)["udp"]
+	for _, qtype := range []uint16{dns.TypeA, dns.TypeAAAA} {
+		resp := ask(t, "udp", addr, new(dns.Msg).SetQuestion("a.direct.", qtype))
+		if len(resp.Answer) != 1 {
+			t.Fatal(resp)
+		}
+		var a netip.Addr
+		switch rr := resp.Answer[0].(type) {
+		case *dns.A:
+			a, _ = netip.AddrFromSlice(rr.A)
+		case *dns.AAAA:
+			a, _ = netip.AddrFromSlice(rr.AAAA)
+		}
+		if name, ok := s.Lookup(a.Unmap()); name != "a.direct" || !ok {
+			t.Errorf("%v: not synthetic", resp.Answer)
+		}
+	}
+	if resp := ask(t, "udp", addr, new(dns.Msg).SetQuestion("a.direct.", dns.TypeHTTPS)); len(resp.Answer) != 0 {
+		t.Errorf("hints of addresses: %v", resp)
 	}
 }
 

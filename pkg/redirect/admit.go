@@ -102,7 +102,9 @@ func (s *admissions) add(list []Admission, now time.Time) ([]admission, error) {
 		}
 		until := now.Add(max(a.Timeout, time.Second))
 		for _, e := range es {
-			if s.until[e].Before(until) {
+			// Answers from a cache are good to a second, so each would be a
+			// little longer than the one before.
+			if until.Sub(s.until[e]) >= time.Second {
 				s.until[e] = until
 				longer[e] = true
 			}
@@ -150,8 +152,9 @@ func (s *admissions) elements(es []admission, now time.Time) []setElements {
 	return sets
 }
 
-// Admit lets addresses pass from before it returns until their times are over;
-// what is admitted already stays at least as long as it would have. An address
+// Admit lets addresses pass from before it returns until their times are over,
+// to a second; what is admitted already stays at least as long as it would have.
+// An error can be that a set is full: each holds 131,072. An address
 // stays on while packets to it keep coming, and for two hours and four minutes
 // (RFC 5382) after the last of them, so that a connection does not end with the
 // DNS answer that it was made of. Only what is in force is admitted: without an

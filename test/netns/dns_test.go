@@ -28,6 +28,8 @@ type nameServer struct {
 	asked  []question
 	silent map[string]bool                // names that get no answer at all
 	names  map[string]map[uint16][]dns.RR // owner in lower case; "*.x." too
+	whole  map[question][]dns.RR          // by name and type: the answer, whatever the names say
+	every  func(name string) netip.Addr   // not nil: what every name has for an address
 }
 
 // startNameServer answers on each address of the host, UDP and TCP port 53,
@@ -44,7 +46,7 @@ func startNameServer(t testing.TB, h *host, addrs []string, records ...string) *
 // startNameServerAt is startNameServer at one address and port.
 func startNameServerAt(t testing.TB, h *host, at string, records ...string) *nameServer {
 	t.Helper()
-	n := &nameServer{names: map[string]map[uint16][]dns.RR{}, silent: map[string]bool{}}
+	n := &nameServer{names: map[string]map[uint16][]dns.RR{}, silent: map[string]bool{}, whole: map[question][]dns.RR{}}
 	n.add(t, records...)
 	n.serve(t, h, at)
 	return n
@@ -92,6 +94,14 @@ func (n *nameServer) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	m := new(dns.Msg).SetReply(q)
 	m.RecursionAvailable = true
 	rrs, known := n.names[owner]
+	name := strings.TrimSuffix(owner, ".")
+	if whole := n.whole[question{Name: name, Type: dns.TypeToString[qtype]}]; whole != nil {
+		rrs, known = map[uint16][]dns.RR{}, true
+		m.Answer = whole
+	}
+	if n.every != nil {
+		rrs, known = map[uint16][]dns.RR{dns.TypeA: {&dns.A{Hdr: dns.RR_Header{Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 5}, A: n.every(name).AsSlice()}}}, true
+	}
 	if !known {
 		if _, parent, cut := strings.Cut(owner, "."); cut {
 			rrs, known = n.names["*."+parent]
