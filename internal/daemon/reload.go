@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/tproxyd/tproxyd/internal/control"
 	"github.com/tproxyd/tproxyd/internal/gateway"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 )
 
@@ -61,13 +63,16 @@ func (d *Daemon) put(next *Setup) error {
 	}
 	d.admitting.Lock()
 	defer d.admitting.Unlock()
+	kernel := kernelPlan(next, d.ports())
+	if err := d.takeNotes(kernel.Who); err != nil {
+		return err
+	}
 	if next.enclosure != nil { // the kernel's plan is the same for all rules
 		d.follow(next, plan)
 		d.setup = next
 		d.watcher.Set(next.lists)
 		return nil
 	}
-	kernel := kernelPlan(next, d.ports())
 	if next.decidedBy() != d.setup.decidedBy() { // else it all stays, what a daemon before this one let pass too
 		inForce, err := d.inForce()
 		if err != nil {
@@ -88,6 +93,22 @@ func (d *Daemon) put(next *Setup) error {
 	d.watcher.Set(next.lists)
 	d.before.tell(next.decidedBy())
 	return nil
+}
+
+// takeNotes has the kernel note of clients what the next rules ask for, before
+// they are asked. The rules in force stay as they are.
+func (d *Daemon) takeNotes(who *redirect.Who) error {
+	p := kernelPlan(d.setup, d.ports())
+	if who == nil || p.Who != nil && slices.Equal(p.Who.Cgroups, who.Cgroups) {
+		return nil
+	}
+	p.Who = who
+	if d.enclosure != nil {
+		if err := d.setup.enclose(&p); err != nil {
+			return err
+		}
+	}
+	return d.kernel.Apply(p)
 }
 
 // again reads the files of s again.

@@ -61,6 +61,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 		diags = append(diags, rulesOfPort53(t)...)
 	}
 	diags = append(diags, rulesOfOtherInterfaces(t, c)...)
+	diags = append(diags, rulesOfNobody(t, c)...)
 	diags = append(diags, syntheticResolvers(t, c)...)
 	if diags.HasErrors() {
 		return nil, diags
@@ -135,6 +136,25 @@ func rulesOfPort53(t *routes.Table) (diags routes.Diagnostics) {
 				File: r.File, Line: r.Line, Col: 1, Severity: routes.Warning, Code: "W02",
 				Msg: "rule for port 53 alone has no effect: with [intercept] dns = true questions are answered here, whomever they are sent to",
 			})
+		}
+	}
+	return diags
+}
+
+// rulesOfNobody warns of rules whose clients are not intercepted, or have a mark
+// that no packet can.
+func rulesOfNobody(t *routes.Table, c *config.Config) (diags routes.Diagnostics) {
+	for _, r := range t.Rules() {
+		warn := func(msg string) {
+			diags = append(diags, routes.Diagnostic{File: r.File, Line: r.Line, Col: 1, Severity: routes.Warning, Code: "W07", Msg: msg})
+		}
+		if len(r.UIDs)+len(r.GIDs)+len(r.Cgroups) > 0 && !c.Intercept.Local {
+			warn("rule for this host's own processes, but their flows are not intercepted: [intercept] local = false")
+		}
+		for _, m := range r.Marks {
+			if m.Value&c.Intercept.Mark.Mask != 0 {
+				warn(fmt.Sprintf("mark=%#x/%#x is no packet's: the bits %#x are those of [intercept] mark", m.Value, m.Mask, c.Intercept.Mark.Mask))
+			}
 		}
 	}
 	return diags

@@ -37,6 +37,9 @@ func kernelPlan(s *Setup, ports redirect.Ports) redirect.Plan {
 		Table:      c.Intercept.Table,
 		Synthetic:  []netip.Prefix{c.DNS.Pool4, c.DNS.Pool6},
 	}
+	if s.Table != nil && s.Table.UsesWho() && ports != (redirect.Ports{}) {
+		p.Who = &redirect.Who{Cgroups: s.Table.Cgroups()}
+	}
 	if s.Table == nil || s.enclosure != nil {
 		return p // no block: everything is denied
 	}
@@ -55,9 +58,12 @@ func kernelBlock(b routes.Block) redirect.Block {
 	kb := redirect.Block{
 		Src:    b.Src,
 		Ifs:    b.Ifs,
+		Client: redirect.Client{MACs: b.MACs, UIDs: b.UIDs, GIDs: b.GIDs, Cgroups: b.Cgroups},
 		Final:  b.Final,
 		Direct: kernelRanges(b.Direct),
 		Deny:   kernelRanges(b.Deny),
+		ICMP:   kernelRanges(b.ICMP),
+		Drop:   kernelRanges(b.Drop),
 		Proxy:  kernelRanges(b.Proxy),
 	}
 	switch b.Network {
@@ -65,6 +71,9 @@ func kernelBlock(b routes.Block) redirect.Block {
 		kb.Networks = redirect.TCP
 	case routes.OnlyUDP:
 		kb.Networks = redirect.UDP
+	}
+	for _, m := range b.Marks {
+		kb.Marks = append(kb.Marks, redirect.PacketMark(m))
 	}
 	for _, p := range b.Ports {
 		kb.Ports = append(kb.Ports, redirect.PortRange(p))
@@ -75,7 +84,7 @@ func kernelBlock(b routes.Block) redirect.Block {
 func kernelRanges(list []routes.Range) []redirect.Range {
 	out := make([]redirect.Range, len(list))
 	for i, r := range list {
-		out[i] = redirect.Range(r)
+		out[i] = redirect.Range{From: r.From, To: r.To}
 	}
 	return out
 }

@@ -8,6 +8,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -57,6 +58,7 @@ type Options struct {
 	Entered   func(ifIndex int) (string, error)                              // name of the interface that a datagram came in by; empty: this host's own
 	Gone      func(*relay.Conn) bool                                         // has its peer reset it, or was it closed here?
 	Index     func(ifindex int) string                                       // name of an interface; empty: this host's own
+	Who       func(f *flow.Flow) error                                       // completes Mark, MAC and Owner of a flow that has all else
 	Own       func(netip.AddrPort) bool                                      // is it a listener of ours?
 	Admit     func([]Admission) error                                        // into the kernel's DIRECT set, before it returns; nil: there is none, and names that are DIRECT have synthetic addresses
 	Log       *slog.Logger                                                   // nil: silent
@@ -83,7 +85,7 @@ type live struct {
 	plan   *Plan // that decided it, until it is joined: it would be as long in memory as the longest flow
 	rule   *routes.Rule
 	tally  *tally           // the rule's
-	knewIf bool             // the plan asked by which interface the flow entered
+	asked  routes.Asked     // what was asked of the client
 	via    *upstream.Server // nil: DIRECT
 	at     netip.AddrPort   // of a name that is DIRECT: where it was dialled
 	start  time.Time
@@ -166,10 +168,15 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 	if g.o.Own(f.Dst) {
 		return nil, errLoop
 	}
-	// Without the answer a rule for the interface would be passed over, and the
-	// next one could be DIRECT.
+	// Without the answer a rule that asks for it would be passed over, and the next
+	// one could be DIRECT.
 	if f.InIf, err = g.o.Interface(c, p.table.UsesInterfaces()); err != nil {
 		return nil, err
+	}
+	if p.table.UsesWho() {
+		if err := g.o.Who(f); err != nil {
+			return nil, err
+		}
 	}
 	if err := g.name(l); err != nil {
 		return nil, err
@@ -296,7 +303,7 @@ func decides(t *routes.Table, l *live) *routes.Rule {
 func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 	limits := l.plan.table.Limits()
 	o := relay.JoinOptions{
-		Idle:       orDefault(limits.Idle, defaultIdle),
+		Idle:       cmp.Or(l.rule.Idle, limits.Idle, defaultIdle),
 		HalfClosed: orDefault(limits.HalfClosed, defaultHalfClosed),
 		Done:       l.done,
 	}
@@ -306,7 +313,7 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 	}
 	o.EarlyUp = l.early[sent:]
 	p := l.plan
-	l.knewIf = p.table.UsesInterfaces()
+	l.asked = p.table.Asks()
 	l.rule, l.plan, l.early = l.rule.Bare(), nil, nil
 	g.count.started(l.rule.Action)
 	raw, ok := server.(*relay.Conn)
@@ -334,10 +341,10 @@ func (g *Gateway) join(l *live, client *relay.Conn, server net.Conn) {
 }
 
 // stillDirect tells whether the plan in force makes a flow DIRECT. It does not
-// if it asks for an interface that nobody wanted to know when the flow came.
+// if it asks for what nobody wanted to know of the client when the flow came.
 func (g *Gateway) stillDirect(l *live) bool {
 	t := g.plan.Load().table
-	return (l.knewIf || !t.UsesInterfaces()) && decides(t, l).Action == routes.Direct
+	return l.asked.Has(t.Asks()) && decides(t, l).Action == routes.Direct
 }
 
 // done is called once, when both connections of the flow are closed.

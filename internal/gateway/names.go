@@ -63,7 +63,11 @@ func (m *memory) add(addr netip.Addr, name string, client flow.Flow) {
 func (g *Gateway) Decide(name string, a fakedns.Asker) (v fakedns.Verdict, shared bool) {
 	p := g.plan.Load()
 	shared = !p.table.DependsOnClient()
-	switch p.table.Name(name, g.asker(p, a), p.local).Kind {
+	client, err := g.asker(p, a)
+	if err != nil {
+		return fakedns.Refused, false // who asks decides, and nobody knows
+	}
+	switch p.table.Name(name, client, p.local).Kind {
 	case routes.Real:
 		v = fakedns.Real
 	case routes.RealDirect:
@@ -83,12 +87,18 @@ func (g *Gateway) Decide(name string, a fakedns.Asker) (v fakedns.Verdict, share
 }
 
 // asker is the client of a DNS question as the rules see it.
-func (g *Gateway) asker(p *Plan, a fakedns.Asker) flow.Flow {
-	f := flow.Flow{Src: netip.AddrPortFrom(a.Addr.Unmap(), 0)}
+func (g *Gateway) asker(p *Plan, a fakedns.Asker) (f flow.Flow, err error) {
+	f.Src = netip.AddrPortFrom(a.Addr.Unmap(), 0)
 	if p.table.UsesInterfaces() {
 		f.InIf = g.o.Index(a.IfIndex)
 	}
-	return f
+	if p.table.UsesWho() {
+		asked := f
+		asked.Network, asked.Src, asked.Dst = a.Network, netip.AddrPortFrom(a.Addr.Unmap(), a.Port), unmap(a.Server)
+		err = g.o.Who(&asked)
+		f.Mark, f.MAC, f.Owner = asked.Mark, asked.MAC, asked.Owner
+	}
+	return f, err
 }
 
 // Admit lets the addresses of a DIRECT name into the kernel's set, with the
@@ -96,7 +106,10 @@ func (g *Gateway) asker(p *Plan, a fakedns.Asker) flow.Flow {
 // It returns when they are in.
 func (g *Gateway) Admit(name string, a fakedns.Asker, addrs []netip.Addr, ttl time.Duration) error {
 	p := g.plan.Load()
-	client := g.asker(p, a)
+	client, err := g.asker(p, a)
+	if err != nil {
+		return err
+	}
 	list := make([]Admission, 0, len(addrs))
 	for _, addr := range addrs {
 		if ad, ok := p.admission(name, client, addr, ttl+admitGrace); ok {
@@ -182,7 +195,11 @@ var errNoCarrier = errors.New("gateway: no server for this name")
 // PROXY_NAME's (R5).
 func (g *Gateway) DialRemote(ctx context.Context, name string, a fakedns.Asker, resolver netip.AddrPort) (net.Conn, error) {
 	p := g.plan.Load()
-	group := p.carrier(name, g.asker(p, a))
+	client, err := g.asker(p, a)
+	if err != nil {
+		return nil, err
+	}
+	group := p.carrier(name, client)
 	if len(group.Servers) == 0 {
 		return nil, fmt.Errorf("%w: %s", errNoCarrier, name)
 	}

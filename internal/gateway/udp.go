@@ -38,6 +38,9 @@ func (g *Gateway) DecideUDP(client, dst netip.AddrPort, ifIndex int) relay.Verdi
 	refusal := relay.RefusePort
 	if err == errDenied {
 		refusal = relay.RefuseProhibited
+		if l.rule.Action == routes.Deny && l.rule.Reject == routes.RejectDrop {
+			refusal = relay.RefuseSilently
+		}
 	}
 	return relay.Verdict{Refusal: refusal, Why: l.why()}
 }
@@ -49,6 +52,11 @@ func (g *Gateway) decideUDP(l *live, ifIndex int) (v relay.Verdict, err error) {
 	}
 	if l.plan.table.UsesInterfaces() {
 		if f.InIf, err = g.o.Entered(ifIndex); err != nil {
+			return v, err
+		}
+	}
+	if l.plan.table.UsesWho() {
+		if err := g.o.Who(f); err != nil {
 			return v, err
 		}
 	}

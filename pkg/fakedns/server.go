@@ -32,6 +32,8 @@ const (
 // Asker is who asks, and whom.
 type Asker struct {
 	Addr    netip.Addr     // the client
+	Port    uint16         // its port
+	Network flow.Network   // that the question came by
 	Server  netip.AddrPort // the resolver that it asked
 	IfIndex int            // interface that the question came in by; 0: unknown
 }
@@ -283,7 +285,7 @@ func (s *Server) hot(d *flow.Datagram, scratch *[256]byte, b []byte) []byte {
 	p, gen := s.pool, uint16(s.gen.Load())
 	i := p.t.find(q.name)
 	if i == 0 || p.t.entries[i].gen != gen {
-		v, shared := s.o.Decide(string(q.name), Asker{d.Src.Addr(), d.Dst, d.IfIndex})
+		v, shared := s.o.Decide(string(q.name), Asker{Addr: d.Src.Addr(), Port: d.Src.Port(), Network: flow.UDP, Server: d.Dst, IfIndex: d.IfIndex})
 		if v != Synthetic {
 			return nil
 		}
@@ -321,7 +323,7 @@ func (u *udpLoop) later(ctx context.Context, d *flow.Datagram) bool {
 	src, dst, ifindex := d.Src, d.Dst, d.IfIndex
 	u.slow.Go(func() {
 		defer func() { <-s.slow }()
-		b := s.answer(ctx, msg, Asker{src.Addr(), dst, ifindex}, true)
+		b := s.answer(ctx, msg, Asker{Addr: src.Addr(), Port: src.Port(), Network: flow.UDP, Server: dst, IfIndex: ifindex}, true)
 		if ctx.Err() != nil || b != nil && !u.write([]flow.Datagram{{Data: b, Src: dst, Dst: src}}) {
 			s.leave(&flow.Datagram{Data: msg, Src: src, Dst: dst, IfIndex: ifindex})
 		}

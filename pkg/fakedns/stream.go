@@ -12,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
 // ServeTCP answers DNS over TCP on ln until ctx ends, and on the connections that
@@ -80,7 +82,8 @@ func (s *Server) serveStream(ctx context.Context, st *Stream) (open bool) {
 			return false
 		}
 	}
-	a := Asker{Addr: addrPort(c.RemoteAddr()).Addr(), Server: addrPort(c.LocalAddr()), IfIndex: st.IfIndex}
+	client := addrPort(c.RemoteAddr())
+	a := Asker{Addr: client.Addr(), Port: client.Port(), Network: flow.TCP, Server: addrPort(c.LocalAddr()), IfIndex: st.IfIndex}
 	stop := context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	for {

@@ -34,6 +34,32 @@ type Flow struct {
 	Dst     netip.AddrPort // the address that the client asked for, synthetic ones included
 	Name    string         // the name behind a synthetic Dst, lower case, no final dot; empty: none
 	InIf    string         // interface that the flow entered by; empty: this host's own flow
+	Mark    uint32         // packet mark that the flow came with, without the bits that are ours
+	MAC     MAC            // of the neighbour that it came from; zero: unknown, or the link has none
+	Owner   Owner          // of a flow of this host's own; the zero value: unknown, or it is not
+}
+
+// Owner is the process that opened a flow of this host.
+type Owner struct {
+	Known    bool   // else the rest means nothing
+	UID, GID uint32 // as the kernel gives them: of the file system, of the socket's opener
+	Cgroup   string // path below the mount of cgroup v2, "/" for its root; it can be an outer one of the real one, see redirect.Who
+}
+
+// MAC is an Ethernet address. The zero value is none.
+type MAC [6]byte
+
+// String returns the address as "00:00:5e:00:53:01".
+func (m MAC) String() string {
+	const hex = "0123456789abcdef"
+	b := make([]byte, 0, 17)
+	for i, v := range m {
+		if i > 0 {
+			b = append(b, ':')
+		}
+		b = append(b, hex[v>>4], hex[v&15])
+	}
+	return string(b)
 }
 
 // Target is what is asked of a SOCKS server or of a dialer: a name or an

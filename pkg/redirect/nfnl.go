@@ -334,6 +334,7 @@ func (c *nfnl) names(kind int) ([]string, error) {
 // element is one element of a set, its key in the kernel's form.
 type element struct {
 	key  []byte
+	data []byte        // of a map
 	end  bool          // it is the first address behind a range
 	left time.Duration // 0: it does not end
 }
@@ -347,26 +348,12 @@ func (c *nfnl) elements(set string, f func(element)) error {
 
 // has tells whether a set of ours has an element.
 func (c *nfnl) has(set string, e nftables.SetElement) (has bool, err error) {
-	ae := netlink.NewAttributeEncoder()
-	ae.ByteOrder = binary.BigEndian
-	ae.Nested(unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) error {
-		ae.Nested(unix.NFTA_SET_ELEM_KEY, func(ae *netlink.AttributeEncoder) error {
-			ae.Bytes(unix.NFTA_DATA_VALUE, e.Key)
-			return nil
-		})
-		if e.IntervalEnd {
-			ae.Uint32(unix.NFTA_SET_ELEM_FLAGS, unix.NFT_SET_ELEM_INTERVAL_END)
-		}
-		return nil
-	})
-	list, err := ae.Encode()
+	list, err := elementList(e)
 	if err != nil {
 		return false, err
 	}
-	m := nfMessage(unix.NFT_MSG_GETSETELEM, 0, stringAttr(unix.NFTA_SET_ELEM_LIST_TABLE, tableName), stringAttr(unix.NFTA_SET_ELEM_LIST_SET, set),
-		netlink.Attribute{Type: unix.NFTA_SET_ELEM_LIST_ELEMENTS | unix.NLA_F_NESTED, Data: list})
 	// It answers with an element that is near if it has not the one asked for.
-	err = c.query(m, false, elementsOf(func(there element) {
+	err = c.query(elementsMessage(set, list), false, elementsOf(func(there element) {
 		has = has || bytes.Equal(there.key, e.Key) && there.end == e.IntervalEnd
 	}))
 	if errors.Is(err, unix.ENOENT) {
@@ -385,6 +372,13 @@ func elementsOf(f func(element)) func(*netlink.AttributeDecoder) error {
 					ad.Nested(func(key *netlink.AttributeDecoder) error {
 						for key.Next() {
 							e.key = key.Bytes()
+						}
+						return nil
+					})
+				case unix.NFTA_SET_ELEM_DATA:
+					ad.Nested(func(data *netlink.AttributeDecoder) error {
+						for data.Next() {
+							e.data = data.Bytes()
 						}
 						return nil
 					})

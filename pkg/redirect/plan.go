@@ -36,13 +36,14 @@ type Range struct{ From, To netip.Addr }
 type PortRange struct{ From, To uint16 }
 
 // Block is a run of rules with the same conditions. A packet that meets all of
-// them and whose destination is in one of the three lists is decided by it; the
+// them and whose destination is in one of the lists is decided by it; the
 // lists must not share an address. A packet that no block decides is denied.
 type Block struct {
 	Networks Networks
 	Ports    []PortRange    // destination ports; empty: any, and with Any every protocol
 	Src      []netip.Prefix // sources; empty: any
 	Ifs      []string       // interfaces that the packet entered by; empty: any, and this host's own too
+	Client                  // and who else it is from
 
 	// Final makes the block decide about what Admit lets in too; else that
 	// passes whatever the block says.
@@ -50,6 +51,8 @@ type Block struct {
 
 	Direct []Range // may pass
 	Deny   []Range // are rejected: TCP by a reset, all else as prohibited
+	ICMP   []Range // are rejected: all as prohibited
+	Drop   []Range // are not answered
 	Proxy  []Range // are diverted to us if TCP or UDP, else refused
 }
 
@@ -83,6 +86,8 @@ type Plan struct {
 	Enclosed bool
 	Keep     []Kept // of an enclosed namespace: what stays as it is
 
+	Who *Who // what is to be known of those whose flows are diverted; nil: nothing
+
 	// Readmit, if not nil, is what the dynamic sets hold once the plan is in
 	// force, in the same transaction. If it is nil they keep what they hold.
 	Readmit []Admission
@@ -92,7 +97,7 @@ type Plan struct {
 // pass does, what would be diverted is refused.
 func (p Plan) Closed() Plan {
 	p.Ports = Ports{}
-	p.Readmit = nil
+	p.Readmit, p.Who = nil, nil
 	return p
 }
 
@@ -141,10 +146,27 @@ func (p *Plan) check() error {
 	return errors.Join(errs...)
 }
 
+// cgroupNames returns the cgroups that the plan names, each once.
+func (p *Plan) cgroupNames() (names []string) {
+	if p.Who != nil {
+		names = append(names, p.Who.Cgroups...)
+	}
+	for i := range p.Blocks {
+		names = append(names, p.Blocks[i].Cgroups...)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
 func (b *Block) check() error {
 	for _, r := range b.Ports {
 		if r.From > r.To {
 			return fmt.Errorf("ports %d-%d are the wrong way round", r.From, r.To)
+		}
+	}
+	for _, k := range b.Marks {
+		if k.Value&^k.Mask != 0 {
+			return fmt.Errorf("mark %#x/%#x: the value must be within the mask", k.Value, k.Mask)
 		}
 	}
 	for _, s := range b.Src {
@@ -152,7 +174,7 @@ func (b *Block) check() error {
 			return errors.New("an invalid source prefix")
 		}
 	}
-	for _, l := range [][]Range{b.Direct, b.Deny, b.Proxy} {
+	for _, l := range [][]Range{b.Direct, b.Deny, b.ICMP, b.Drop, b.Proxy} {
 		for _, r := range l {
 			if !r.From.IsValid() || r.From.Is4() != r.To.Is4() || r.To.Less(r.From) ||
 				r.From.Is4In6() || r.To.Is4In6() || r.From.Zone() != "" || r.To.Zone() != "" {

@@ -83,7 +83,7 @@ func prefixRanges(prefixes []netip.Prefix) []Range {
 	var rs []Range
 	for _, p := range prefixes {
 		p = p.Masked()
-		rs = append(rs, Range{p.Addr(), lastOf(p)})
+		rs = append(rs, Range{From: p.Addr(), To: lastOf(p)})
 	}
 	return rs
 }

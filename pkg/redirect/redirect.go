@@ -49,6 +49,8 @@ type Redirect struct {
 	monitor  *monitor
 	lock     net.Listener // instead of owning, where the kernel knows no owners
 	plan     *Plan        // what is in force; nil: nothing of ours
+	cgroups  cgroups      // that it names, as they were then
+	notebook *notebook    // for Who
 	admitted admissions
 	live     string // which of liveSets is in use
 	alive    Marks  // of the table of that name; zero: there is none
@@ -75,6 +77,10 @@ func Open(o Options) (*Redirect, error) {
 		err = r.take(o.Taken)
 	} else {
 		r.nf, err = dialNfnl()
+	}
+	r.notebook = &notebook{}
+	if err == nil {
+		r.notebook.nf, err = dialNfnl()
 	}
 	if err == nil {
 		r.policy, err = dialPolicy()
@@ -214,7 +220,15 @@ func (r *Redirect) applyTable(p *Plan) error {
 
 // putTable puts the table in force. One that is there is changed, if it can be;
 // else it is replaced.
-func (r *Redirect) putTable(p *Plan, ours, exists bool, d dynamic) error {
+func (r *Redirect) putTable(p *Plan, ours, exists bool, d dynamic) (err error) {
+	if r.cgroups, err = findCgroups(p.cgroupNames()); err != nil {
+		return err
+	}
+	defer func() {
+		if err == nil {
+			r.notebook.set(p, r.cgroups)
+		}
+	}()
 	alive := r.beAlive(p)
 	if ours {
 		err := r.changeTable(p, alive, d)
@@ -245,7 +259,7 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 	if d.flush {
 		live = nextLive(live)
 	}
-	t, err := newTable(p, gen, live, alive)
+	t, err := newTable(p, gen, live, alive, r.cgroups)
 	if err != nil {
 		return err
 	}
@@ -308,7 +322,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 		}
 		return err
 	}
-	t, err := newTable(p, "a", liveSets[0], alive)
+	t, err := newTable(p, "a", liveSets[0], alive, r.cgroups)
 	if err != nil {
 		return err
 	}
@@ -397,6 +411,7 @@ func (r *Redirect) release() {
 	if r.lock != nil {
 		r.lock.Close()
 	}
+	r.notebook.close()
 	if r.nf != nil {
 		r.nf.close()
 	}
@@ -442,36 +457,6 @@ func remove(nf *nfnl, p *policy) error {
 		return fmt.Errorf("redirect: nftables: %w", err)
 	}
 	return p.drop(nil)
-}
-
-// Count is a number of packets and of their bytes.
-type Count struct{ Packets, Bytes uint64 }
-
-// Counters is what the table has counted since it was made, in packets. A
-// reload does not reset it.
-type Counters struct {
-	Diverted  Count // to the TCP listener: the first packet of each connection
-	Datagrams Count // to the UDP listener or the socket of a flow: each one
-	DNS       Count // to the DNS listeners: each datagram, the first packet of each connection
-	Direct    Count // may pass
-	Denied    Count // by a rule that says DENY, or for want of a rule
-	Refused   Count // would be proxied, but nobody is there, or it is neither TCP nor UDP
-	Guard     Count // had a divert mark and was about to leave
-}
-
-// Counters reads the counters of the table.
-func (r *Redirect) Counters() (Counters, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed || r.lent {
-		return Counters{}, net.ErrClosed
-	}
-	n, err := r.nf.counters()
-	if err != nil {
-		return Counters{}, fmt.Errorf("redirect: counters: %w", err)
-	}
-	return Counters{Diverted: n[countDiverted], Datagrams: n[countDatagrams], DNS: n[countDNS], Direct: n[countDirect],
-		Denied: n[countDenied], Refused: n[countRefused], Guard: n[countGuard]}, nil
 }
 
 // Owned reports whether the table is owned by this process in the kernel's

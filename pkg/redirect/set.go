@@ -20,6 +20,7 @@ import (
 type set struct {
 	name     string
 	key      nftables.SetDatatype
+	data     nftables.SetDatatype // of a map; the zero value: it is none
 	interval bool
 	timeout  bool   // elements may end by themselves
 	dynamic  bool   // rules add elements
@@ -63,8 +64,11 @@ func (s *set) lookup() expr.Any { return &expr.Lookup{SourceRegister: reg1, SetN
 func (s *set) lib(t *nftables.Table, id uint32) *nftables.Set {
 	n := &nftables.Set{Table: t, ID: id, Name: s.name, KeyType: s.key, Interval: s.interval,
 		HasTimeout: s.timeout, Dynamic: s.dynamic, Size: s.size}
+	if s.data.Bytes > 0 {
+		n.IsMap, n.DataType = true, s.data
+	}
 	switch s.key.Name {
-	case nftables.TypeIFName.Name, nftables.TypeFIBAddr.Name:
+	case nftables.TypeIFName.Name, nftables.TypeFIBAddr.Name, nftables.TypeUID.Name, nftables.TypeGID.Name, nftables.TypeCGroupV2.Name:
 		n.KeyByteOrder = binaryutil.NativeEndian
 	default:
 		n.KeyByteOrder = binaryutil.BigEndian
@@ -180,7 +184,11 @@ func dynamicSet(kind string, f family, p part) *set {
 
 // text writes the set as nft does.
 func (s *set) text(b *strings.Builder) {
-	fmt.Fprintf(b, "\tset %s {\n\t\ttype %s\n", s.name, s.key.Name)
+	word, kind := "set", s.key.Name
+	if s.data.Bytes > 0 {
+		word, kind = "map", kind+" : "+s.data.Name
+	}
+	fmt.Fprintf(b, "\t%s %s {\n\t\ttype %s\n", word, s.name, kind)
 	if s.size > 0 {
 		fmt.Fprintf(b, "\t\tsize %d\n", s.size)
 	}

@@ -48,13 +48,15 @@ type table struct {
 	gen    string // ends the names of the sets that each plan has of its own
 	live   string // which of liveSets is in use
 	alive  bool   // output asks for the mark of this name
+
+	cgroups cgroups // that the plan names, as they are
 }
 
 // newTable makes the table of a checked plan. Gen tells the sets of one plan
 // from those of the plan before, so that both can be there for a moment; live is
 // one of liveSets. Alive says that there is the table of that name.
-func newTable(p *Plan, gen, live string, alive bool) (*table, error) {
-	t := &table{gen: "_" + gen, live: live, alive: alive}
+func newTable(p *Plan, gen, live string, alive bool, groups cgroups) (*table, error) {
+	t := &table{gen: "_" + gen, live: live, alive: alive, cgroups: groups}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
 			t.sets = append(t.sets, dynamicSet(admittedSet, f, q))
@@ -62,6 +64,7 @@ func newTable(p *Plan, gen, live string, alive bool) (*table, error) {
 	}
 	t.ends(p)
 	t.implicit(p)
+	t.notes(p)
 	t.take(p)
 	if err := t.decide(p); err != nil {
 		return nil, err
@@ -193,13 +196,25 @@ func (t *table) unless(m Marks, name, then string) {
 
 // decide writes the blocks, and what is denied for want of a block.
 func (t *table) decide(p *Plan) error {
-	denied := t.chain("deny")
-	t.unless(p.Marks, "denied", "deny")
-	denied.add(ctMark(p.Marks, p.Marks.Own()), setCtMark(p.Marks, p.Marks.Lan()))
-	denied.add(setMark(p.Marks, 0), count(countDenied))
-	denied.add(proto(tcp), rejectReset())
-	t.nowhere(p, denied)
-	denied.add(rejectProhibited())
+	for _, d := range []struct {
+		name    string
+		rejects []rule
+	}{
+		{"", []rule{{proto(tcp), rejectReset()}, {rejectProhibited()}}},
+		{"_icmp", []rule{{rejectProhibited()}}},
+		{"_drop", []rule{{drop()}}},
+	} {
+		denied := t.chain("deny" + d.name)
+		t.unless(p.Marks, "denied"+d.name, denied.name)
+		denied.add(ctMark(p.Marks, p.Marks.Own()), setCtMark(p.Marks, p.Marks.Lan()))
+		denied.add(setMark(p.Marks, 0), count(countDenied))
+		for i, r := range d.rejects {
+			if i == len(d.rejects)-1 && d.name != "_drop" {
+				t.nowhere(p, denied)
+			}
+			denied.add(r...)
+		}
+	}
 
 	// What a name stands for is nobody's address: nothing may pass.
 	synthetic := t.chain("synthetic")
@@ -213,7 +228,7 @@ func (t *table) decide(p *Plan) error {
 		c.add(daddr(s), going("synthetic"))
 	}
 	for i := range p.Blocks {
-		if err := t.block(c, i, &p.Blocks[i]); err != nil {
+		if err := t.block(p.Marks, c, i, &p.Blocks[i]); err != nil {
 			return fmt.Errorf("redirect: block %d: %w", i, err)
 		}
 	}
@@ -224,21 +239,24 @@ func (t *table) decide(p *Plan) error {
 // block writes the rules of one block: for each family and each list one, with
 // all conditions in front. Where the lists hold every address of the family the
 // longest needs no set, for it is what the others leave.
-func (t *table) block(c *chain, n int, b *Block) error {
+func (t *table) block(m Marks, c *chain, n int, b *Block) error {
 	name := func(what string) string { return fmt.Sprintf("b%d_%s", n, what) }
 	suffix := ""
 	if b.Final {
 		suffix = finalSuffix
 	}
-	conditions := t.protocols(b, name("ports"))
-	var ifs []statement
+	common, alternatives := t.conditions(m, &b.Client, name)
+	conditions := product(t.protocols(b, name("ports")), alternatives)
 	switch len(b.Ifs) {
 	case 0:
 	case 1:
-		ifs = []statement{iif(b.Ifs[0])}
+		common = append(common, iif(b.Ifs[0]))
 	default:
 		unique := slices.Compact(slices.Sorted(slices.Values(b.Ifs)))
-		ifs = []statement{iifIn(t.set(ifSet(name("ifs"), unique)))}
+		common = append(common, iifIn(t.set(ifSet(name("ifs"), unique))))
+	}
+	if len(conditions) == 0 {
+		return nil // no packet meets them
 	}
 	src := prefixRanges(b.Src)
 	for _, f := range []family{ip4, ip6} {
@@ -250,16 +268,18 @@ func (t *table) block(c *chain, n int, b *Block) error {
 			}
 			before = []statement{addrIn(f, true, t.set(addrSet(name("src"+f.digit()), f, sources)), false)}
 		}
-		before = append(before, ifs...)
+		before = append(before, common...)
 		lists := []struct {
 			name, to string
 			ranges   []Range
 		}{
 			{"direct", "direct", normal(b.Direct, f)},
 			{"deny", "denied" + suffix, normal(b.Deny, f)},
+			{"icmp", "denied_icmp" + suffix, normal(b.ICMP, f)},
+			{"drop", "denied_drop" + suffix, normal(b.Drop, f)},
 			{"proxy", "take" + suffix, normal(b.Proxy, f)},
 		}
-		whole, err := covers(f, lists[0].ranges, lists[1].ranges, lists[2].ranges)
+		whole, err := covers(f, lists[0].ranges, lists[1].ranges, lists[2].ranges, lists[3].ranges, lists[4].ranges)
 		if err != nil {
 			return err
 		}

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/tproxyd/tproxyd/pkg/flow"
 )
 
 var testMarks = Marks{Value: 0x7000, Mask: 0xf000}
@@ -15,11 +16,11 @@ var testMarks = Marks{Value: 0x7000, Mask: 0xf000}
 func ranges(texts ...string) (rs []Range) {
 	for _, t := range texts {
 		if from, to, ok := strings.Cut(t, "-"); ok {
-			rs = append(rs, Range{netip.MustParseAddr(from), netip.MustParseAddr(to)})
+			rs = append(rs, Range{From: netip.MustParseAddr(from), To: netip.MustParseAddr(to)})
 			continue
 		}
 		p := netip.MustParsePrefix(t)
-		rs = append(rs, Range{p.Masked().Addr(), lastOf(p.Masked())})
+		rs = append(rs, Range{From: p.Masked().Addr(), To: lastOf(p.Masked())})
 	}
 	return rs
 }
@@ -48,6 +49,11 @@ func fullPlan() Plan {
 			{Networks: UDP, Ports: []PortRange{{123, 123}}, Direct: ranges("0.0.0.0/0", "::/0")},
 			{Ports: []PortRange{{65000, 65535}}, Ifs: []string{"lan0"}, Src: prefixes("2001:db8:1::/48"), Deny: ranges("::/0")},
 			{Networks: UDP, Deny: ranges("203.0.113.128/25")},
+			{Client: Client{UIDs: []uint32{0, 1000, 0}, GIDs: []uint32{5}}, Direct: ranges("203.0.113.7/32"), Drop: ranges("::/0"), ICMP: ranges("203.0.113.8/32")},
+			{Networks: TCP, Client: Client{MACs: []flow.MAC{{0, 0, 0x5e, 0, 0x53, 2}, {0, 0, 0x5e, 0, 0x53, 1}}, Marks: []PacketMark{{0x10, 0xffffffff}, {0, 0xff}, {0x7000, 0xf000}}},
+				Direct: ranges("0.0.0.0/0"), Deny: ranges("::/0")},
+			{Client: Client{Cgroups: []string{"nothing.service"}}, Direct: ranges("0.0.0.0/0")},  // there is none
+			{Client: Client{Marks: []PacketMark{{0x7000, 0xf000}}}, Direct: ranges("0.0.0.0/0")}, // nobody can meet it
 			{Direct: ranges("10.0.0.0/8", "192.168.0.0/16", "255.255.255.240/28", "fd00::/8"), Deny: ranges("2001:db8:bad::/48"),
 				Proxy: ranges("0.0.0.0-9.255.255.255", "11.0.0.0-192.167.255.255", "192.169.0.0-255.255.255.239")},
 			{Proxy: ranges("::/0")},

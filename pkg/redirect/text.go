@@ -12,7 +12,11 @@ func Text(p Plan) (string, error) {
 	if err := p.check(); err != nil {
 		return "", err
 	}
-	t, err := newTable(&p, "a", liveSets[0], p.wantsAlive())
+	groups, err := findCgroups(p.cgroupNames())
+	if err != nil {
+		return "", err
+	}
+	t, err := newTable(&p, "a", liveSets[0], p.wantsAlive(), groups)
 	if err != nil {
 		return "", err
 	}

@@ -18,6 +18,7 @@ func (t *table) take(p *Plan) {
 	} else {
 		c.add(protoNot(tcp), going("refuse"))
 		if p.Local {
+			t.noteOwn(p, c, mark(m, m.Local()))
 			c.add(mark(m, m.Local()), setCtMark(m, m.Own()), count(countDiverted), accept())
 		}
 	}
@@ -25,6 +26,7 @@ func (t *table) take(p *Plan) {
 	if p.DNS {
 		c := t.chain("dns")
 		c.add(append(foreignReply(m), going("direct"))...)
+		t.noteLan(p, c)
 		c.add(setMark(m, m.Lan()))
 		divert(c, udp, p.Ports.DNSUDP, countDNS)
 		divert(c, tcp, p.Ports.DNSTCP, countDNS)
@@ -46,6 +48,7 @@ func (t *table) takenUDP(p *Plan) {
 	}
 	c.add(ctMarkNot(m, m.Own()), ctSourceTranslated(), going("refuse"))
 	if p.Local {
+		t.noteOwn(p, c, mark(m, m.Local()))
 		c.add(mark(m, m.Local()), setCtMark(m, m.Own()), count(countDatagrams), accept())
 	}
 }
@@ -127,6 +130,7 @@ func (t *table) lan(p *Plan) {
 		c.add(dport(tcp, 53), going("dns"))
 	}
 	c.add(jump("decide"))
+	t.noteLan(p, c)
 	c.add(setMark(m, m.Lan()), setCtMark(m, m.Own()))
 	for _, d := range p.Ports.diverted() {
 		divert(c, d.proto, d.port, d.counter)
@@ -186,6 +190,7 @@ func (t *table) output(p *Plan) {
 			port  uint16
 		}{{udp, p.Ports.DNSUDP}, {tcp, p.Ports.DNSTCP}} {
 			if w.port != 0 {
+				t.noteOwn(p, c, dport(w.proto, 53))
 				c.add(dport(w.proto, 53), setMark(m, m.Local()), accept())
 			} else {
 				c.add(dport(w.proto, 53), going("refuse"))

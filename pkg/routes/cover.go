@@ -173,14 +173,8 @@ func (e *Rule) noStricterThan(r *Rule) bool {
 		return false
 	case len(e.Ports) > 0 && (len(r.Ports) == 0 || !portsWithin(r.Ports, e.Ports)):
 		return false
-	case len(e.Ifs) > 0 && (len(r.Ifs) == 0 || slices.ContainsFunc(r.Ifs, func(i string) bool { return !slices.Contains(e.Ifs, i) })):
-		return false
-	case len(e.Src) > 0:
-		return len(r.Src) > 0 && !slices.ContainsFunc(r.Src, func(p netip.Prefix) bool {
-			return !slices.ContainsFunc(e.Src, func(q netip.Prefix) bool { return contains(q, p) })
-		})
 	}
-	return true
+	return e.Client.noStricterThan(&r.Client)
 }
 
 // portsWithin tells whether all ports of a are in b; both are merged.

@@ -75,7 +75,7 @@ func (l *line) addresses(t token) []netip.Prefix {
 			l.errorf(t, "E03", "the range %s is reversed", t.text)
 			return nil
 		}
-		return prefixesOf(Range{a, b})
+		return prefixesOf(Range{From: a, To: b})
 	}
 	p, err := parsePrefix(t.text)
 	if err != nil {

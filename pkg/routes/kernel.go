@@ -10,7 +10,17 @@ import (
 )
 
 // Range is a range of addresses of one family, both ends included.
-type Range struct{ From, To netip.Addr }
+type Range struct {
+	From, To netip.Addr
+	Rule     *Rule // that decides it; nil: several, which are too many to be told apart
+}
+
+// String returns the range as "{10.0.0.0 10.0.0.255}".
+func (r Range) String() string { return "{" + r.From.String() + " " + r.To.String() + "}" }
+
+// maxApart is how many ranges of a list are kept apart by their rules, for
+// counting; of more, those side by side are one.
+const maxApart = 1024
 
 // Block is a run of consecutive rules with the same conditions, as far as a
 // packet shows what they ask for. A packet that meets the conditions and whose
@@ -18,15 +28,15 @@ type Range struct{ From, To netip.Addr }
 // address. Rules that ask for a name are not in any Block.
 type Block struct {
 	Network Protocols
-	Ports   []PortRange    // empty: any
-	Src     []netip.Prefix // empty: any
-	Ifs     []string       // empty: any, and this host's own flows too
+	Ports   []PortRange // empty: any
+	Client              // who the packet is from
 
 	// Final: it decides about addresses of DirectScopes too, for it stands
 	// before every name that is DIRECT.
 	Final bool
 
-	Direct, Deny, Proxy []Range
+	Direct, Proxy    []Range
+	Deny, ICMP, Drop []Range // by how they are refused, see Reject
 
 	Rules []*Rule // those that it was made of
 }
@@ -58,7 +68,7 @@ func (t *Table) Kernel() []Block {
 func (t *Table) final(r *Rule) bool { return r.Index < t.firstDirectName }
 
 func (t *Table) sameConditions(a, b *Rule) bool {
-	return t.final(a) == t.final(b) && a.Protocols == b.Protocols && slices.Equal(a.Ports, b.Ports) && slices.Equal(a.Src, b.Src) && slices.Equal(a.Ifs, b.Ifs)
+	return t.final(a) == t.final(b) && a.Protocols == b.Protocols && slices.Equal(a.Ports, b.Ports) && a.Client.equal(&b.Client)
 }
 
 // makeBlocks makes the Block of a run of rules. If udp= has one of them do
@@ -79,7 +89,7 @@ func (t *Table) makeBlocks(run []*Rule) []Block {
 // each piece to the first rule that has it, for what it does with a network.
 func makeBlock(rules []*Rule, network flow.Network) Block {
 	r := rules[0]
-	b := Block{Network: r.Protocols, Ports: r.Ports, Src: r.Src, Ifs: r.Ifs, Rules: rules}
+	b := Block{Network: r.Protocols, Ports: r.Ports, Client: r.Client, Rules: rules}
 	for _, is4 := range []bool{true, false} {
 		n := 0
 		for _, r := range rules {
@@ -94,24 +104,58 @@ func makeBlock(rules []*Rule, network flow.Network) Block {
 			}
 		}
 		sweep(spans, func(from, to netip.Addr, r *Rule) {
-			list := &b.Proxy
-			switch r.ActionFor(network) {
-			case Direct:
-				list = &b.Direct
-			case Deny:
-				list = &b.Deny
-			}
-			if last := len(*list) - 1; last >= 0 && (*list)[last].To.Next() == from {
+			list := b.list(r, network)
+			if last := len(*list) - 1; last >= 0 && (*list)[last].To.Next() == from && ((*list)[last].Rule == r || list == &b.Proxy) {
 				(*list)[last].To = to
 				return
 			}
 			if *list == nil {
 				*list = make([]Range, 0, n) // there can be more, but seldom are
 			}
-			*list = append(*list, Range{from, to})
+			*list = append(*list, Range{from, to, r})
 		})
 	}
+	for _, list := range []*[]Range{&b.Direct, &b.Deny, &b.ICMP, &b.Drop} {
+		if len(*list) > maxApart {
+			*list = together(*list)
+		}
+	}
 	return b
+}
+
+// list returns where what a rule decides of a network belongs.
+func (b *Block) list(r *Rule, network flow.Network) *[]Range {
+	switch a := r.ActionFor(network); {
+	case a == Direct:
+		return &b.Direct
+	case a != Deny:
+		return &b.Proxy
+	case r.Action == Deny && r.Reject == RejectICMP:
+		return &b.ICMP
+	case r.Action == Deny && r.Reject == RejectDrop:
+		return &b.Drop
+	}
+	return &b.Deny
+}
+
+// together makes one range of those that are side by side, whoever decides them.
+func together(list []Range) []Range {
+	one := true
+	for _, r := range list {
+		one = one && r.Rule == list[0].Rule
+	}
+	out := list[:0]
+	for _, r := range list {
+		if last := len(out) - 1; last >= 0 && out[last].To.Next() == r.From {
+			out[last].To = r.To
+			continue
+		}
+		if !one {
+			r.Rule = nil
+		}
+		out = append(out, r)
+	}
+	return out
 }
 
 // span is a rule's claim to the addresses of a prefix.

@@ -225,7 +225,12 @@ func randomRules(rnd *rand.Rand, n int) string {
 		if action[0] == 'S' && proto != " proto=tcp" {
 			b.WriteString(pick("", "", "", " udp=deny", " udp=direct", " udp=socks"))
 		}
-		b.WriteString(pick("", "", "", "", " src=10.7.0.0/16", " if=a", " if=a,b src=10.7.1.0/24,fd07::/16"))
+		b.WriteString(pick("", "", "", "", " src=10.7.0.0/16", " if=a", " if=a,b src=10.7.1.0/24,fd07::/16",
+			" uid=1", " uid=1,2 gid=3", " gid=3", " cgroup=/s", " cgroup=w.service", " cgroup=/s/x,u uid=2", " mark=0x1", " mark=0x10/0x30,2",
+			" mac=00:00:5e:00:53:01", " mac=00:00:5e:00:53:01,00:00:5e:00:53:02 if=a", " src=10.6.0.0/16 uid=1"))
+		if action[:2] == "DE" {
+			b.WriteString(pick("", "", " reject=icmp", " reject=drop", " reject=reset", " reject=dns-refused"))
+		}
 		b.WriteString("\n")
 	}
 	if rnd.IntN(2) == 0 {
@@ -240,6 +245,12 @@ func randomFlow(rnd *rand.Rand) (f flow.Flow) {
 	f.Network = flow.Network(rnd.IntN(2))
 	f.Src = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(6 + rnd.IntN(2)), byte(rnd.IntN(3)), 1}), 1)
 	f.InIf = []string{"", "a", "b", "c"}[rnd.IntN(4)]
+	f.Mark = []uint32{0, 1, 2, 0x10, 0x11, 0x30}[rnd.IntN(6)]
+	if f.InIf == "" {
+		f.Owner = flow.Owner{Known: true, UID: rnd.Uint32N(3), GID: 2 + rnd.Uint32N(2), Cgroup: []string{"/", "/s", "/s/x", "/s/x/y", "/u/w.service", "/t/u/z"}[rnd.IntN(6)]}
+	} else {
+		f.MAC = flow.MAC{2: 0x5e, 4: 0x53, 5: byte(rnd.IntN(3))}
+	}
 	dst := netip.AddrFrom4([4]byte{10, byte(rnd.IntN(5)), byte(rnd.IntN(5)), byte(rnd.IntN(256))})
 	switch rnd.IntN(4) {
 	case 0:
@@ -264,50 +275,67 @@ func TestMatchIsFirstMatch(t *testing.T) {
 	}
 }
 
+// outcome is what becomes of a flow in the packet filter.
+type outcome struct {
+	action Action
+	reject Reject // of DENY
+	rule   *Rule  // nil: not told
+}
+
 // kernelDecides returns what the packet filter does with a flow, and whether
 // the block that says so is final.
 func kernelDecides(blocks []Block, f flow.Flow) (a Action, final bool) {
 	for i := range blocks {
-		if a, ok := kernelAction(blocks[i:i+1], f); ok {
-			return a, blocks[i].Final
+		if o, ok := kernelAction(blocks[i:i+1], f); ok {
+			return o.action, blocks[i].Final
 		}
 	}
 	return Deny, false
 }
 
 // kernelAction decides a flow as the packet filter would.
-func kernelAction(blocks []Block, f flow.Flow) (Action, bool) {
-	in := func(list []Range) (n int) {
-		for _, r := range list {
-			if r.From.BitLen() == f.Dst.Addr().BitLen() && !f.Dst.Addr().Less(r.From) && !r.To.Less(f.Dst.Addr()) {
-				n++
-			}
-		}
-		return n
-	}
+func kernelAction(blocks []Block, f flow.Flow) (o outcome, ok bool) {
 	for _, b := range blocks {
-		r := Rule{Protocols: b.Network, Ports: b.Ports, Src: b.Src, Ifs: b.Ifs}
+		r := Rule{Protocols: b.Network, Ports: b.Ports, Client: b.Client}
 		if !r.matchesPort(&f) || !r.matchesClient(&f) {
 			continue
 		}
-		direct, deny, proxy := in(b.Direct), in(b.Deny), in(b.Proxy)
-		switch {
-		case direct+deny+proxy > 1:
-			return 0, false
-		case direct > 0:
-			return Direct, true
-		case deny > 0:
-			return Deny, true
-		case proxy > 0:
-			return Socks5, true
+		n := 0
+		for i, list := range [][]Range{b.Direct, b.Proxy, b.Deny, b.ICMP, b.Drop} {
+			for _, r := range list {
+				if r.From.BitLen() == f.Dst.Addr().BitLen() && !f.Dst.Addr().Less(r.From) && !r.To.Less(f.Dst.Addr()) {
+					n++
+					o = []outcome{{action: Direct}, {action: Socks5}, {}, {reject: RejectICMP}, {reject: RejectDrop}}[i]
+					if i != 1 {
+						o.rule = r.Rule
+					}
+				}
+			}
+		}
+		if n > 0 {
+			return o, n == 1
 		}
 	}
-	return 0, false
+	return o, false
+}
+
+// wanted is the outcome that the rules want.
+func wanted(r *Rule, n flow.Network) outcome {
+	switch a := r.ActionFor(n); {
+	case a == Direct:
+		return outcome{action: a, rule: r}
+	case a != Deny:
+		return outcome{action: Socks5}
+	case r.Action == Deny && (r.Reject == RejectICMP || r.Reject == RejectDrop):
+		return outcome{Deny, r.Reject, r}
+	default:
+		return outcome{Deny, RejectReset, r}
+	}
 }
 
 // otherAction decides a packet that is neither TCP nor UDP as the packet filter
 // would: such a packet has no ports and is in no block of one of the two.
-func otherAction(blocks []Block, f flow.Flow) (Action, bool) {
+func otherAction(blocks []Block, f flow.Flow) (outcome, bool) {
 	return kernelAction(slices.DeleteFunc(slices.Clone(blocks), func(b Block) bool { return b.Network != AnyProtocol || len(b.Ports) > 0 }), f)
 }
 
@@ -328,12 +356,12 @@ func checkKernel(t testing.TB, table *Table, random int) {
 			return
 		}
 		got, ok := kernelAction(blocks, f)
-		if want := table.Match(f); !ok || got != want.ActionFor(f.Network) {
-			t.Fatalf("%+v: the kernel says %v (%v), the rules %v by %s", f, got, ok, want.ActionFor(f.Network), want.Position())
+		if want := table.Match(f); !ok || got != wanted(want, f.Network) {
+			t.Fatalf("%+v: the kernel says %v (%v), the rules %v by %s", f, got, ok, wanted(want, f.Network), want.Position())
 		}
 		// What is neither TCP nor UDP no rule with servers carries, nor lets pass.
 		other, ok := otherAction(blocks, f)
-		if want := otherRule(table, f); !ok || other != want.Action {
+		if want := otherRule(table, f); !ok || other != wanted(want, flow.TCP) {
 			t.Fatalf("%+v, neither TCP nor UDP: the kernel says %v (%v), the rules %v by %s", f, other, ok, want.Action, want.Position())
 		}
 	}
@@ -353,7 +381,7 @@ func checkKernel(t testing.TB, table *Table, random int) {
 
 func TestKernelDecidesAsMatch(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(5, 6))
-	for range 300 {
+	for range 500 {
 		checkKernel(t, mustParse(t, randomRules(rnd, 1+rnd.IntN(40))), 200)
 	}
 }

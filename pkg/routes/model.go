@@ -64,14 +64,22 @@ func (s Strategy) String() string { return strategyWords[s] }
 // Reject is how a DENY rule refuses.
 type Reject uint8
 
-// The ways to refuse. A flow is always refused at once: TCP with a reset, all
-// else with an ICMP error; the latter two already refuse the question for the
-// name.
+// The ways to refuse: TCP with a reset and all else with an ICMP error; the same
+// after the question for the name was refused already; everything with an ICMP
+// error; without a word. A connection that was accepted before it could be
+// decided is reset, whatever the way.
 const (
 	RejectReset Reject = iota
 	RejectRefused
 	RejectNXDomain
+	RejectICMP
+	RejectDrop
 )
+
+var rejectWords = [...]string{"reset", "dns-refused", "dns-nxdomain", "icmp", "drop"}
+
+// String returns the word of the language.
+func (r Reject) String() string { return rejectWords[r] }
 
 // Pipeline is what a server is sent before it has answered.
 type Pipeline uint8
@@ -210,15 +218,15 @@ type Rule struct {
 	Servers []Chain // of a proxied rule, in the order written
 	Balance Strategy
 	Reject  Reject
-	UDP     UDPUse // of a proxied rule that is not about TCP alone; see ActionFor
-	Log     bool   // each flow is worth a line in the log
-	Tag     string // goes into that line
-	Default bool   // the DEFAULT, which matches what no other rule matches
+	UDP     UDPUse        // of a proxied rule that is not about TCP alone; see ActionFor
+	Idle    time.Duration // as Limits.Idle and Limits.UDP, for its flows; 0: not stated
+	Log     bool          // each flow is worth a line in the log
+	Tag     string        // goes into that line
+	Default bool          // the DEFAULT, which matches what no other rule matches
 
 	Protocols Protocols
-	Ports     []PortRange    // sorted, disjoint; empty: any
-	Src       []netip.Prefix // empty: any
-	Ifs       []string       // empty: any, and this host's own flows too
+	Ports     []PortRange // sorted, disjoint; empty: any
+	Client                // who the flow is from
 	By        By
 	dest      dest
 
@@ -283,7 +291,7 @@ func (r *Rule) conditional() bool { return r.partial() || r.byClient() }
 func (r *Rule) partial() bool { return r.Protocols != AnyProtocol || len(r.Ports) > 0 }
 
 // byClient tells whether the rule asks who the client is.
-func (r *Rule) byClient() bool { return len(r.Src) > 0 || len(r.Ifs) > 0 }
+func (r *Rule) byClient() bool { return !r.Client.anyone() }
 
 // anyAddress tells whether the rule's destination has every address of both
 // families.
@@ -335,6 +343,9 @@ const (
 	ResolveLocal                         // by this host
 	ResolveLocalFirst                    // by this host if it can
 )
+
+// resolveModes are the words of the language.
+var resolveModes = map[string]ResolveMode{"remote": ResolveRemote, "local": ResolveLocal, "local-then-remote": ResolveLocalFirst}
 
 // below tells whether name is a name below domain (not the domain itself).
 func below(name, domain string) bool {

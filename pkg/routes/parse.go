@@ -21,6 +21,9 @@ import (
 type Options struct {
 	// Open opens the files that INCLUDE and LIST name; nil: os.Open.
 	Open func(path string) (io.ReadCloser, error)
+	// User and Group return the number of a user or group of this host; nil:
+	// those of package os/user.
+	User, Group func(name string) (id uint32, ok bool)
 }
 
 // ParseFile reads the rules of a file. The Table is nil if there is an error
@@ -102,6 +105,8 @@ type parser struct {
 	reader reader
 	diags  collector
 	open   func(path string) (io.ReadCloser, error)
+	user   func(name string) (id uint32, ok bool)
+	group  func(name string) (id uint32, ok bool)
 
 	defined map[string]*Server // SERVER lines
 	servers []*Server          // these and those that rules spell out
@@ -126,7 +131,7 @@ type parser struct {
 }
 
 func newParser(o Options) *parser {
-	p := &parser{open: o.Open, numbers: map[*Server]int{}, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}, given: map[string]bool{}}
+	p := &parser{open: o.Open, user: orUser(o.User), group: orGroup(o.Group), numbers: map[*Server]int{}, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}, given: map[string]bool{}}
 	if p.open == nil {
 		p.open = openFile
 	}
@@ -147,12 +152,6 @@ func (l *line) errorf(t token, code, format string, args ...any) {
 
 func (l *line) warnf(t token, code, format string, args ...any) {
 	l.diags.add(l.file, t, Warning, code, format, args...)
-}
-
-// unsupported says that a thing of the language has no effect yet. It is an
-// error, since a rule that does less than it says is worse than none.
-func (l *line) unsupported(t token, what string) {
-	l.errorf(t, "E28", "not supported yet: %s", what)
 }
 
 // word takes the next token; ok is false if there is none.

@@ -1,7 +1,6 @@
 package routes
 
 import (
-	"encoding/hex"
 	"maps"
 	"net/netip"
 	"slices"
@@ -27,6 +26,8 @@ func (l *line) rule(t token, action Action) {
 		r.Ports = l.ports(at)
 	}
 	set := l.options(r)
+	l.ofOneClient(r, set)
+	l.commands(r, set)
 	l.carries(r, at, set)
 	r.restrict()
 	if r.By == ByName && r.dest.noName() {
@@ -92,7 +93,10 @@ func (l *line) leading(r *Rule, action token) {
 		case strings.HasPrefix(t.text, "*="):
 			l.word()
 			l.warnf(t, "E23", "*=users matches only processes of this machine; such a rule never matches forwarded traffic")
-			l.unsupported(t, "*=users")
+			if r.UIDs != nil {
+				l.errorf(t, "E29", "*= is given twice")
+			}
+			r.UIDs = l.ids(t, t.text[2:], "user", l.user)
 		default:
 			goto end
 		}
@@ -184,11 +188,10 @@ func (p *parser) resolvedHere() {
 	}
 }
 
-// optionWords are the options of a rule; false: not supported yet.
-var optionWords = map[string]bool{
-	"src": true, "if": true, "proto": true, "by": true, "reject": true, "balance": true, "tag": true, "log": true, "udp": true,
-	"uid": false, "gid": false, "cgroup": false, "mark": false, "cmd": false, "auth": false, "resolve": false,
-	"bind": false, "timeout": false, "mac": false, "via": false,
+// optionWords are the options of a rule.
+var optionWords = []string{
+	"auth", "balance", "bind", "by", "cgroup", "cmd", "gid", "if", "log", "mac", "mark", "proto", "reject", "resolve", "src",
+	"tag", "timeout", "udp", "uid",
 }
 
 // isOption tells whether a word can only be an option.
@@ -212,9 +215,8 @@ func (l *line) options(r *Rule) map[string]token {
 		}
 		key, value, hasValue := strings.Cut(t.text, "=")
 		key = strings.ToLower(key)
-		supported, known := optionWords[key]
 		switch _, twice := set[key]; {
-		case !known:
+		case !slices.Contains(optionWords, key):
 			l.unknownOption(t, key, hasValue)
 			continue
 		case twice:
@@ -225,11 +227,7 @@ func (l *line) options(r *Rule) map[string]token {
 			continue
 		}
 		set[key] = t
-		if supported {
-			l.option(r, t, key, value)
-		} else {
-			l.laterOption(t, key, value)
-		}
+		l.option(r, t, key, value)
 	}
 }
 
@@ -237,9 +235,10 @@ func (l *line) options(r *Rule) map[string]token {
 var optionForms = map[string]string{
 	"src": "src=10.0.0.0/8,10.1.2.3", "if": "if=lan0,lan1", "proto": "proto=tcp, udp or any", "by": "by=name or address",
 	"reject": "reject=reset, icmp, drop, dns-refused or dns-nxdomain", "balance": "balance=random or first",
-	"tag": "tag=WORD", "log": "log", "uid": "uid=user,1000", "gid": "gid=group,1000", "cgroup": "cgroup=/path", "mark": "mark=0x1",
-	"cmd": "cmd=connect,bind,udp", "auth": "auth=none, userpass, gssapi or any", "resolve": "resolve=local, remote or local-then-remote",
-	"bind": "bind=off or ftp", "udp": "udp=socks, deny or direct", "timeout": "timeout=30s", "mac": "mac=00:00:5e:00:53:01", "via": "via=interface",
+	"tag": "tag=WORD", "log": "log", "uid": "uid=user,1000", "gid": "gid=group,1000", "cgroup": "cgroup=/path or a name, as web.service",
+	"mark": "mark=0x10 or mark=0x10/0xf0",
+	"cmd":  "cmd=connect,bind,udp", "auth": "auth=none, userpass, gssapi or any", "resolve": "resolve=local, remote or local-then-remote",
+	"bind": "bind=off or ftp", "udp": "udp=socks, deny or direct", "timeout": "timeout=30s", "mac": "mac=00:00:5e:00:53:01",
 }
 
 func (l *line) unknownOption(t token, key string, hasValue bool) {
@@ -248,7 +247,7 @@ func (l *line) unknownOption(t token, key string, hasValue bool) {
 		l.errorf(t, "E29", "%q is too much here: ports stand before the options", t.text)
 		return
 	}
-	words := slices.Sorted(maps.Keys(optionWords))
+	words := optionWords
 	if w := closest(key, words); w != "" {
 		l.errorf(t, "E29", "unknown option %q; did you mean %s?", t.text, optionForms[w])
 	} else if hasValue {
@@ -300,6 +299,8 @@ func (l *line) option(r *Rule, t token, key, value string) {
 		r.Ifs = slices.Compact(r.Ifs)
 	case "src":
 		r.Src = l.sources(t, value)
+	default:
+		l.clientOption(r, t, key, value)
 	}
 }
 
@@ -320,12 +321,9 @@ func (l *line) reject(r *Rule, t token, value string) {
 	case "dns-nxdomain":
 		r.Reject = RejectNXDomain
 	case "icmp":
-		// What is not TCP is refused with ICMP anyway.
-		if !slices.ContainsFunc(l.tokens, func(t token) bool { return strings.EqualFold(t.text, "proto=udp") }) {
-			l.unsupported(t, "reject=icmp without proto=udp; TCP is refused with a reset")
-		}
+		r.Reject = RejectICMP
 	case "drop":
-		l.unsupported(t, "reject=drop")
+		r.Reject = RejectDrop
 	default:
 		l.errorf(t, "E29", "%q: write %s", t.text, optionForms["reject"])
 	}
@@ -356,33 +354,4 @@ func (l *line) sources(t token, value string) (list []netip.Prefix) {
 	}
 	slices.SortFunc(list, netip.Prefix.Compare)
 	return slices.Compact(list)
-}
-
-// laterOption checks one whose effect comes with a later version, so that a
-// mistake in it is not found only then.
-func (l *line) laterOption(t token, key, value string) {
-	values := map[string][]string{
-		"cmd": {"connect", "bind", "udp"}, "auth": {"none", "userpass", "gssapi", "any"}, "bind": {"off", "ftp"},
-		"resolve": {"local", "remote", "local-then-remote"},
-	}[key]
-	ok := true
-	switch key {
-	case "cmd":
-		for _, c := range strings.Split(strings.ToLower(value), ",") {
-			ok = ok && slices.Contains(values, c)
-		}
-	case "auth", "bind", "resolve":
-		ok = slices.Contains(values, strings.ToLower(value))
-	case "cgroup":
-		ok = value[0] == '/'
-	case "mark":
-		digits := strings.TrimPrefix(strings.ToLower(value), "0x")
-		_, err := hex.DecodeString(strings.Repeat("0", len(digits)%2) + digits)
-		ok = err == nil && len(digits) <= 8
-	}
-	if !ok {
-		l.errorf(t, "E29", "%q: write %s", t.text, optionForms[key])
-		return
-	}
-	l.unsupported(t, key+"=")
 }

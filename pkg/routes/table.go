@@ -25,6 +25,8 @@ type Table struct {
 
 	byInterface bool
 	byClient    bool
+	byWho       bool // by what flow.Flow has of Mark, MAC and Owner
+	cgroups     []string
 
 	firstDirectName int // index of the first rule that makes a name of its own DIRECT
 	sum             [sha256.Size]byte
@@ -52,7 +54,11 @@ func (p *parser) build() *Table {
 		r.Index = i
 		t.byInterface = t.byInterface || len(r.Ifs) > 0
 		t.byClient = t.byClient || r.byClient()
+		t.byWho = t.byWho || r.own() || len(r.Marks) > 0 || len(r.MACs) > 0
+		t.cgroups = append(t.cgroups, r.Cgroups...)
 	}
+	slices.Sort(t.cgroups)
+	t.cgroups = slices.Compact(t.cgroups)
 	t.index = newIndex(t.rules)
 	left := maxSearch
 	for _, r := range t.rules {
@@ -96,8 +102,30 @@ func (t *Table) Health() Health { return t.health }
 // with the same sum decide alike.
 func (t *Table) Sum() [sha256.Size]byte { return t.sum }
 
-// UsesInterfaces tells whether a rule asks by which interface a flow entered.
-func (t *Table) UsesInterfaces() bool { return t.byInterface }
+// UsesInterfaces tells whether a rule asks by which interface a flow entered, or
+// for what is only known of flows that entered by one, or by none.
+func (t *Table) UsesInterfaces() bool { return t.byInterface || t.byWho }
+
+// UsesWho tells whether a rule asks for what a Flow has of Mark, MAC and Owner.
+func (t *Table) UsesWho() bool { return t.byWho }
+
+// Cgroups returns what the rules ask for by cgroup=, each once and sorted.
+func (t *Table) Cgroups() []string { return t.cgroups }
+
+// Asked is what a table asks of a client beyond its address.
+type Asked struct {
+	interfaces, who bool
+	cgroups         []string
+}
+
+// Asks returns what the table asks of a client.
+func (t *Table) Asks() Asked { return Asked{t.UsesInterfaces(), t.byWho, t.cgroups} }
+
+// Has tells whether who was asked a is known well enough for what other asks.
+func (a Asked) Has(other Asked) bool {
+	return (a.interfaces || !other.interfaces) && (a.who || !other.who) &&
+		!slices.ContainsFunc(other.cgroups, func(c string) bool { return !slices.Contains(a.cgroups, c) })
+}
 
 // DependsOnClient tells whether a rule asks who the client is.
 func (t *Table) DependsOnClient() bool { return t.byClient }
@@ -193,22 +221,6 @@ func (r *Rule) matchesPort(f *flow.Flow) bool {
 			return false
 		}
 		if port <= p.To {
-			return true
-		}
-	}
-	return false
-}
-
-func (r *Rule) matchesClient(f *flow.Flow) bool {
-	if len(r.Ifs) > 0 && !slices.Contains(r.Ifs, f.InIf) {
-		return false
-	}
-	if len(r.Src) == 0 {
-		return true
-	}
-	src := f.Src.Addr().Unmap()
-	for _, p := range r.Src {
-		if p.Contains(src) {
 			return true
 		}
 	}
