@@ -120,8 +120,9 @@ func (e *event) empty() bool {
 // returns nil. A table that somebody changed or removed is replaced, a routing
 // rule or route that is gone is put back, at once and from memory; also when an
 // interface comes up, since one that went down may have taken routes with it.
-// What was put right is counted, and told to onEvent ("table", "rule", "route",
-// "mark", and "link NAME" for an interface of the plan that came up), which may
+// Where cgroups are named, the table follows those that come and go. What was put
+// right is counted, and told to onEvent ("table", "rule", "route", "mark", "cgroup"
+// for such that have changed, and "link NAME" for an interface of the plan that came up), which may
 // be nil and must not call the Redirect. Only one Heal may run at a time.
 func (r *Redirect) Heal(ctx context.Context, onEvent func(what string)) error {
 	if onEvent == nil {
@@ -141,6 +142,7 @@ func (r *Redirect) Heal(ctx context.Context, onEvent func(what string)) error {
 	defer stop()
 	g.Go(func() error { return r.listen(ctx, r.monitor.nft, r.monitor.nftEvent, onEvent) })
 	g.Go(func() error { return r.listen(ctx, r.monitor.route, r.monitor.routeEvent, onEvent) })
+	g.Go(func() error { return r.followCgroups(ctx, onEvent) })
 	return g.Wait()
 }
 

@@ -51,6 +51,8 @@ type Redirect struct {
 	plan     *Plan        // what is in force; nil: nothing of ours
 	cgroups  cgroups      // that it names, as they were then
 	notebook *notebook    // for Who
+
+	named    chan struct{} // has something once a plan has named cgroups
 	admitted admissions
 	live     string // which of liveSets is in use
 	alive    Marks  // of the table of that name; zero: there is none
@@ -67,7 +69,7 @@ type Redirect struct {
 // this process dies. A table that an earlier process left stays in force until
 // Apply. If a living process has it the error is ErrInUse.
 func Open(o Options) (*Redirect, error) {
-	r := &Redirect{log: o.Log}
+	r := &Redirect{log: o.Log, named: make(chan struct{}, 1)}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
@@ -221,8 +223,15 @@ func (r *Redirect) applyTable(p *Plan) error {
 // putTable puts the table in force. One that is there is changed, if it can be;
 // else it is replaced.
 func (r *Redirect) putTable(p *Plan, ours, exists bool, d dynamic) (err error) {
-	if r.cgroups, err = findCgroups(p.cgroupNames()); err != nil {
+	names := p.cgroupNames()
+	if r.cgroups, err = findCgroups(names); err != nil {
 		return err
+	}
+	if len(names) > 0 {
+		select {
+		case r.named <- struct{}{}:
+		default:
+		}
 	}
 	defer func() {
 		if err == nil {

@@ -73,7 +73,11 @@ type page struct {
 func (h *host) curl(t testing.TB, url string, args ...string) page {
 	t.Helper()
 	all := append([]string{tool(t, "curl"), "-sS", "--max-time", "20"}, args...)
-	r := h.run(t, command{args: append(all, url)})
+	return pageOf(h.run(t, command{args: append(all, url)}))
+}
+
+// pageOf reads what the web server said.
+func pageOf(r result) page {
 	p := page{result: r, body: r.out}
 	if _, from, ok := strings.Cut(strings.TrimSpace(r.out), " from="); ok {
 		p.from, _ = netip.ParseAddr(from)

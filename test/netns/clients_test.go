@@ -1,0 +1,111 @@
+package netns_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Topology: world. Two users and a cgroup of the gateway, and its client:
+//
+//	uid 1000 ──► socks2 ──► outside        cgroup tproxyd-….slice ── kernel ──► inside
+//	others   ──► socks1 ──► outside        client, by its MAC     ── kernel ──► inside
+
+// cgroup makes a cgroup for a test and returns its path below the mount, and its
+// directory.
+func cgroup(t testing.TB, name string) (path, dir string) {
+	t.Helper()
+	mount := "/sys/fs/cgroup"
+	if _, err := os.Stat(mount + "/cgroup.procs"); err != nil {
+		mount = "/sys/fs/cgroup/unified"
+	}
+	dir = filepath.Join(mount, name)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return "/" + name, dir
+}
+
+// curlAs is curl as a user, or in a cgroup.
+func (h *host) curlAs(t testing.TB, prefix []string, url string, args ...string) page {
+	t.Helper()
+	all := append(append(prefix, tool(t, "curl"), "-sS", "--max-time", "20"), args...)
+	return pageOf(h.run(t, command{args: append(all, url)}))
+}
+
+func TestClientsOfRules(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	name := fmt.Sprintf("tproxyd-test-%d.slice", os.Getpid())
+	_, dir := cgroup(t, name)
+	_, mac, _ := strings.Cut(w.client.run(t, command{args: []string{tool(t, "ip"), "-o", "link", "show", "eth0"}}).ok(t).out, "link/ether ")
+	mac, _, _ = strings.Cut(mac, " ")
+	d := serve(t, w.gateway, settings{local: true, routes: `SERVER one 198.51.100.11
+SERVER two 198.51.100.12
+DIRECT 198.51.100.20 cgroup=` + name + `
+DIRECT 198.51.100.20 uid=1001
+DENY 203.0.113.80 eq 80 uid=1002 reject=icmp
+DENY 2001:db8:3::80 eq 80 uid=1002 reject=icmp
+DENY *.example.org uid=1002
+DENY www.example.net uid=1002 reject=dns-nxdomain
+SOCKD5 @=two * uid=1000
+DIRECT 198.51.100.20 mac=` + mac + `
+SOCKD5 @=one *
+`})
+	as := func(uid string) []string {
+		return []string{tool(t, "setpriv"), "--reuid=" + uid, "--regid=" + uid, "--clear-groups"}
+	}
+	in := []string{tool(t, "sh"), "-c", "echo $$ >" + dir + "/cgroup.procs; exec \"$@\"", "sh"}
+	for _, to := range []string{"http://www.example.org/", "http://" + outsideAt + "/", "http://[" + outsideAt6 + "]/"} {
+		w.gateway.curlAs(t, as("1000"), to).fetched(t, socks2Out, socks2Out6)
+		w.gateway.curlAs(t, as("1001"), to).fetched(t, socks1Out, socks1Out6)
+		w.gateway.curl(t, to).fetched(t, socks1Out, socks1Out6)
+		w.client.curl(t, to).fetched(t, socks1Out, socks1Out6)
+		w.gateway.curlAs(t, as("1002"), to).refused(t)
+	}
+	if p := w.gateway.curlAs(t, as("1002"), "http://www.example.net/"); p.code != 6 {
+		t.Errorf("a name that one user is told does not exist: %d %s%s", p.code, p.out, p.err)
+	}
+	w.gateway.curlAs(t, as("1000"), "http://www.example.net/").fetched(t, socks2Out, socks2Out6)
+
+	// What the kernel decides never comes to the daemon.
+	before := d.metric(t, `tproxyd_flows_total{action="proxied"}`) + d.metric(t, `tproxyd_flows_total{action="direct"}`)
+	direct := d.metric(t, `tproxyd_kernel_packets_total{verdict="direct"}`)
+	w.gateway.curlAs(t, in, "http://"+insideAt+"/").fetched(t, wanAt)
+	w.gateway.curlAs(t, as("1001"), "http://"+insideAt+"/").fetched(t, wanAt)
+	w.client.curl(t, "http://"+insideAt+"/").fetched(t, clientAt)
+	if n := d.metric(t, `tproxyd_flows_total{action="proxied"}`) + d.metric(t, `tproxyd_flows_total{action="direct"}`); n != before {
+		t.Errorf("%v flows that the kernel lets pass came to the daemon", n-before)
+	}
+	if d.metric(t, `tproxyd_kernel_packets_total{verdict="direct"}`) <= direct {
+		t.Error("the kernel counted none of them")
+	}
+	w.gateway.curl(t, "http://"+insideAt+"/").fetched(t, socks1At, socks1Out)
+
+	// A reload that asks for something new of clients that are there.
+	d.routes(t, "SERVER two 198.51.100.12\nDENY * uid=1000 gid=1000\nSOCKD5 @=two * cgroup=/"+name+"\nDENY *\n")
+	d.reload(t)
+	w.gateway.curlAs(t, in, "http://www.example.org/").fetched(t, socks2Out, socks2Out6)
+	w.gateway.curlAs(t, as("1000"), "http://www.example.org/").refused(t)
+	w.client.curl(t, "http://"+outsideAt+"/").refused(t)
+
+	// A cgroup that comes later.
+	d.routes(t, "SERVER two 198.51.100.12\nDENY 203.0.113.0/24 cgroup=late.service\nSOCKD5 @=two *\n")
+	d.reload(t)
+	late := filepath.Join(dir, "late.service")
+	if err := os.Mkdir(late, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(late)
+	time.Sleep(300 * time.Millisecond)
+	w.gateway.curlAs(t, []string{tool(t, "sh"), "-c", "echo $$ >" + late + "/cgroup.procs; exec \"$@\"", "sh"}, "http://"+outsideAt+"/").refused(t)
+}
