@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -229,11 +230,24 @@ func TestFullDisk(t *testing.T) {
 	if d.metric(t, "tproxyd_state_errors_total") == 0 {
 		t.Error("the disk was not full: the test shows nothing")
 	}
+	if out := d.output(); !strings.Contains(out, "synthetic addresses are not kept on disk") {
+		t.Errorf("the log says nothing of it:\n%s", out)
+	}
 	d.troubled(t, "not kept on disk")
 	w.client.curl(t, "http://host-1.example.org/full").ok(t)
 	d.process.kill()
 	d.start(t)
-	count("disk full, restarted")
+	again := count("disk full, restarted")
+	d.takeover(t) // what is not on disk goes along
+	for i, a := range count("disk full, taken over") {
+		if again[i] != a {
+			t.Fatalf("host-%d was %v and is %v", i, again[i], a)
+		}
+	}
+	w.gateway.must(t, w.gateway.ns.Do(func() error { return unix.Mount("small", state, "tmpfs", unix.MS_REMOUNT, "size=16m") }))
+	eventually(t, 10*time.Second, "with room again it is on disk", func() bool {
+		return !strings.Contains(d.cli(t, "status", "-c", d.config).ok(t).out, "not kept on disk")
+	})
 	w.client.curl(t, "http://host-2.example.org/full").ok(t)
 	d.stop(t)
 }
@@ -286,6 +300,9 @@ func TestDescriptors(t *testing.T) {
 	t.Logf("%d flows served, %d refused", len(open), refused)
 	if refused == 0 {
 		t.Error("the limit was not reached: the test shows nothing")
+	}
+	if out := d.cli(t, "serve", "--takeover", "-c", d.config); out.code != 1 { // there is no room for a second one's descriptors
+		t.Errorf("taking over without descriptors: exit %d\n%s", out.code, out.err)
 	}
 	d.troubled(t, "want of descriptors")
 	for _, c := range open {
