@@ -23,7 +23,6 @@ const maxAddresses = 3
 var (
 	errNoIPv4       = errors.New("upstream: the name has no IPv4 address")
 	errNeedsAddress = errors.New("upstream: the server takes no names")
-	errLacksIPv6    = fmt.Errorf("upstream: it said so a moment ago: %w", socks.AddrTypeNotSupported)
 )
 
 // carry has s connect to where r wants to go. Soft, if it is not 0, takes the
@@ -72,14 +71,10 @@ func (p *Pool) resolve4(ctx context.Context, name string) ([]netip.Addr, error) 
 // connection if there is one that the server has not given up meanwhile, else
 // on one of its own.
 func (p *Pool) carryTo(ctx context.Context, s *Server, h *health, r Request, soft time.Duration) (*Carried, error) {
-	if r.To.Name != "" || !r.To.Addr.Unmap().Is6() {
-		return p.carryAny(ctx, s, h, r, soft)
-	}
-	if h.lacksIPv6() {
-		return nil, errLacksIPv6
-	}
 	c, err := p.carryAny(ctx, s, h, r, soft)
-	h.knowsIPv6(err)
+	if r.isIPv6() {
+		h.knowsIPv6(err)
+	}
 	return c, err
 }
 

@@ -35,7 +35,7 @@ func (h *health) aheadNow(s *Server) Pipeline {
 }
 
 // knowsIPv6 notes whether the server takes IPv6 addresses, by what one was
-// answered. One that does not is not asked for them for BadExpire.
+// answered. One that does not is asked for them after all others, for BadExpire.
 func (h *health) knowsIPv6(err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

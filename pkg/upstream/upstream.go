@@ -261,6 +261,10 @@ type Request struct {
 	Early func(wait time.Duration) []byte
 }
 
+// isIPv6 tells whether the flow goes to an IPv6 address, which not every server
+// takes.
+func (r Request) isIPv6() bool { return r.To.Name == "" && r.To.Addr.Unmap().Is6() }
+
 // Carried is a connection that carries a flow. Who gets one owns Conn, and
 // calls Done once when the flow is over.
 type Carried struct {
@@ -301,8 +305,8 @@ func (p *Pool) Connect(ctx context.Context, g *Group, r Request) (*Carried, erro
 }
 
 // first asks the servers in their order, preferred before all others, until one
-// does what ask asks of it. Servers that are bad, and those that are being
-// tried by another flow, come last.
+// does what ask asks of it. Servers that are bad, those that are being tried by
+// another flow, and those that do not take such an address, come last.
 func (p *Pool) first(ctx context.Context, g *Group, r Request, preferred *Server, ask func(*Server, *health, time.Duration) error) error {
 	if len(g.Servers) == 0 {
 		return errors.New("upstream: no server")
@@ -323,6 +327,10 @@ func (p *Pool) first(ctx context.Context, g *Group, r Request, preferred *Server
 			s = order[i]
 		}
 		h := p.of(s)
+		if !forced && r.isIPv6() && h.lacksIPv6() {
+			last = append(last, s)
+			continue
+		}
 		how, in, err := h.enter(forced)
 		switch {
 		case err != nil: // it has its limits
