@@ -1,7 +1,8 @@
 // Package convert reads the configurations of older SOCKS clients and writes
 // what they say in the language of pkg/routes.
 //
-// It promises that what it writes is read by routes.Parse without an error,
+// It promises that what it writes is read by routes.Parse without an error (where
+// the files of users that it names are there),
 // that each line of the old file has its fate told (kept, changed and how,
 // refused and why), and that nothing is guessed: what the language cannot say is
 // refused and stands in the output as a comment. What a refused line would have
@@ -210,7 +211,7 @@ func (b *builder) result() *Result {
 	}
 	b.unbalance()
 	for {
-		_, diags := routes.Parse("", bytes.NewReader(b.text()), routes.Options{Open: noFiles})
+		_, diags := routes.Parse("output", bytes.NewReader(b.text()), routes.Options{Open: emptyFile})
 		if !diags.HasErrors() {
 			for _, d := range diags {
 				b.note(b.out[d.Line-1].line, "%s: %s", b.out[d.Line-1].text, d.Msg)
@@ -330,7 +331,9 @@ func (b *builder) text() []byte {
 	return t.Bytes()
 }
 
-func noFiles(path string) (io.ReadCloser, error) { return nil, errors.New("no file is read") }
+// emptyFile stands for the files that rules name, such as those of users: they
+// are of the host that the rules are for, and are read there.
+func emptyFile(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("")), nil }
 
 // unsafe tells why a line would not be read as the one statement that it was
 // written as; empty: it would.

@@ -41,6 +41,8 @@ func TestConvert(t *testing.T) {
 				"2 changed SOCKD4 @=10.0.3.1 192.168.0.0 255.255.0.0 ge 1024: sockd of this format is SOCKD4; the shell command is left out, nothing is run",
 				"4 refused version 4 is sent addresses alone", `5 refused "sockd5" is no keyword of this format; the file looks like one of Hummingbird`,
 			}},
+		{"cstc users", CSTC, "deny *=root,/etc/some.users 10.0.0.0 255.0.0.0\n", "RESOLVE local *\nDENY *=root,/etc/some.users 10.0.0.0 255.0.0.0\nDEFAULT DENY\n",
+			[]string{"1 note DENY *=root,/etc/some.users 10.0.0.0 255.0.0.0: *=users matches only processes of this machine"}},
 		{"nec patterns", NEC, "noproxy c 10.1. [1024,2000)\nsocks5 u,p .Example.org (79,80] - a.example:1081\nsocks4 c 172.16.0.0/255.240.0.0 telnet - 10.0.3.1\nnoproxy - 191.1.2.3/n -\nnoproxy t - -\nnoproxy - 1.2.3.4/s -\nsocks5 - - -\nsocks5 - -\nset SOCKS5_LOCALDNSONLY 1\nset SOCKS5_TIMEOUT 15\nnoproxy - - (80,81)\n",
 			"RESOLVE local *\nDIRECT 10.1.0.0/16 1024-1999 proto=tcp\nSOCKD5 @=a.example:1081 *.Example.org 80-80 proto=udp\nSOCKD4 @=10.0.3.1 172.16.0.0 255.240.0.0 eq telnet proto=tcp\nDIRECT 191.1.0.0/16\nDENY * # refused: socks5 - - -\nDEFAULT DENY\n",
 			[]string{
@@ -164,7 +166,7 @@ func FuzzConvert(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, diags := routes.Parse("out", strings.NewReader(string(r.Rules)), routes.Options{}); diags.HasErrors() {
+		if _, diags := routes.Parse("out", strings.NewReader(string(r.Rules)), routes.Options{Open: emptyFile}); diags.HasErrors() {
 			t.Fatalf("%v\n%s", diags, r.Rules)
 		}
 		told := 0
