@@ -99,7 +99,10 @@ func (t *table) ways(p *Plan) {
 		t.output(p)
 	}
 	if len(p.Interfaces) > 0 {
-		post.add(mark(m, m.Direct()), accept()) // has one mark, and so none of those below
+		// A packet has one value, so these have none of those below.
+		for _, v := range []uint32{0, m.Direct()} {
+			post.add(mark(m, v), accept())
+		}
 	}
 	post.add(mark(m, m.Lan()), oifNot("lo"), count(countGuard), drop())
 	post.add(mark(m, m.Local()), oifNot("lo"), count(countGuard), drop())
