@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // TestMain plays a role where the lab of a test runs this binary again.
@@ -182,6 +184,25 @@ func TestLab(t *testing.T) {
 	}
 	if s := through(plain, dnsPort, "dns", "-n", "500"); s.Count != 500 || s.Failed != 0 {
 		t.Errorf("dns: %+v", s)
+	}
+
+	// A flood is sent whole, and its flow is tracked where that is meant.
+	if err := l.gateways[tracked].Do(track); err != nil {
+		t.Fatal(err)
+	}
+	for w, want := range map[way]int{plain: 0, tracked: 1} {
+		if s := through(w, discardPort, "load", "-kind", "flood", "-n", "1000"); s.Sent < 1000 || s.Spent <= 0 || s.Spent > s.Elapsed+time.Second {
+			t.Errorf("flood by way of %v: %+v", w, s)
+		}
+		if err := l.gateways[w].Do(func() error {
+			flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(unix.AF_INET))
+			if len(flows) != want {
+				t.Errorf("%d connections are tracked by way of %v, want %d", len(flows), w, want)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
 	}
 
 	// The relay is really in the path: each idle flow is descriptors of its.

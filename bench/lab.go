@@ -20,7 +20,8 @@ import (
 //	             +-- splice --+
 //	 client -----+-- tproxyd -+----- server
 //	             +-- direct --+
-//	             '-- udp -----'
+//	             +-- udp -----+
+//	             '-- tracked -'
 //
 //	192.0.2.(16i)/28   198.51.100.(16i)/28   gateway .1, client and server .2
 //	203.0.113.(10+i)   the server as it is reached by way i
@@ -32,11 +33,14 @@ const (
 	proxied            // tproxyd, through the SOCKS server
 	direct             // tproxyd, by a DIRECT rule among many
 	udp                // tproxyd, through the SOCKS server; for datagrams alone, started anew for each table
+	tracked            // the kernel forwards and tracks connections, as it does for NAT
 	ways
 )
 
 // String returns the name of the column.
-func (w way) String() string { return [...]string{"plain", "splice", "tproxyd", "direct", "udp"}[w] }
+func (w way) String() string {
+	return [...]string{"plain", "splice", "tproxyd", "direct", "udp", "tracked"}[w]
+}
 
 func (w way) lan(host int) string { return fmt.Sprintf("192.0.2.%d", 16*int(w)+host) }
 func (w way) wan(host int) string { return fmt.Sprintf("198.51.100.%d", 16*int(w)+host) }

@@ -26,6 +26,7 @@ type result struct {
 	Elapsed time.Duration `json:"elapsed"`
 	P50     time.Duration `json:"p50"`
 	P99     time.Duration `json:"p99"`
+	Spent   time.Duration `json:"spent"` // processor time of a flood
 }
 
 // perSecond is the rate of what Count counts.
@@ -62,9 +63,9 @@ const patience = 5 * time.Second
 // loadRole is a load generator: one kind of load to one address.
 func loadRole(args []string, out io.Writer) error {
 	f := flag.NewFlagSet("load", flag.ContinueOnError)
-	kind := f.String("kind", "", "up, down, connect or ping")
+	kind := f.String("kind", "", "up, down, connect, ping or flood")
 	to := f.String("to", "", "ADDR:PORT")
-	n := f.Int("n", 1, "streams, connections or round trips")
+	n := f.Int("n", 1, "streams, connections, round trips or datagrams")
 	parallel := f.Int("parallel", 1, "connections at a time")
 	span := f.Duration("time", time.Second, "of streams")
 	if err := f.Parse(args); err != nil {
@@ -79,6 +80,8 @@ func loadRole(args []string, out io.Writer) error {
 		r, err = connects(*to, *n, *parallel)
 	case "ping":
 		r, err = pings(*to, *n)
+	case "flood":
+		r, err = flood(*to, *n)
 	default:
 		err = fmt.Errorf("load: no kind %q", *kind)
 	}

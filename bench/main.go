@@ -55,6 +55,7 @@ type sizes struct {
 	prefix  int           // DIRECT prefixes
 	names   int           // distinct DNS names
 	dns     time.Duration // of the run over known names
+	flood   int           // datagrams of one flow, of one run
 	windows int           // DNS questions in flight for each of four sockets
 
 	udp      time.Duration // of one run of datagrams
@@ -65,13 +66,13 @@ type sizes struct {
 
 // full is what the report is about.
 func full() sizes {
-	return sizes{3, 1500 * time.Millisecond, 4000, 4000, []int{0, 1000, 9000}, 100000, 100000, 2 * time.Second, 12,
+	return sizes{3, 1500 * time.Millisecond, 4000, 4000, []int{0, 1000, 9000}, 100000, 100000, 2 * time.Second, 100000, 12,
 		700 * time.Millisecond, []int{1, 100, 5000}, 2000, []int{0, 1000, 5000}}
 }
 
 // short is what shows in seconds that all of it works.
 func short() sizes {
-	return sizes{1, 200 * time.Millisecond, 200, 200, []int{0, 50}, 1000, 2000, 200 * time.Millisecond, 12,
+	return sizes{1, 200 * time.Millisecond, 200, 200, []int{0, 50}, 1000, 2000, 200 * time.Millisecond, 1000, 12,
 		100 * time.Millisecond, []int{1, 20}, 100, []int{0, 50}}
 }
 

@@ -59,7 +59,7 @@ func measure(ctx context.Context, program string, size sizes, only string, out i
 		}
 		defer p.stop()
 	}
-	if err := l.gateways[splice].Do(divert); err != nil {
+	if err := errors.Join(l.gateways[splice].Do(divert), l.gateways[tracked].Do(track)); err != nil {
 		return err
 	}
 	if b.gateway[splice], err = startRole(ctx, l.gateways[splice], "splice"); err != nil {
@@ -250,10 +250,11 @@ func (b *bench) latency(ctx context.Context) error {
 	return nil
 }
 
-// prefixes compares DIRECT traffic beside a large set with plain forwarding.
+// prefixes compares DIRECT traffic beside a large set with plain forwarding, and
+// with that of a kernel that tracks connections, as a router with NAT has it.
 func (b *bench) prefixes(ctx context.Context) error {
 	t := b.report.table(fmt.Sprintf("DIRECT traffic beside %d prefixes", b.size.prefix),
-		"", "plain", "direct", "direct / plain", "daemon's CPU s")
+		"", "plain", "tracked", "direct", "direct / plain", "daemon's CPU s")
 	rounds := b.size.rounds + 2
 	streams, err := b.interleaved(ctx, []way{plain, direct}, rounds, sourcePort,
 		"load", "-kind", "down", "-n", "8", "-time", b.size.stream.String())
@@ -278,7 +279,10 @@ func (b *bench) prefixes(ctx context.Context) error {
 		for _, s := range c.all[direct] {
 			cpu += s.cpu
 		}
-		t.row(c.name, x, y, y.median/x.median, cpu.Seconds())
+		t.row(c.name, x, "", y, y.median/x.median, cpu.Seconds())
+	}
+	if err := b.forwarded(ctx, t, rounds); err != nil {
+		return err
 	}
 	t.end()
 	return nil

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 )
 
 // The ports of the server.
 const (
+	discardPort  = 9    // datagrams that nobody reads
 	echoPort     = 7    // sends back what it gets, by TCP and UDP
 	idleEchoPort = 8    // the same; routed through the SOCKS server that copies
 	sourcePort   = 9000 // sends until it cannot
@@ -26,6 +28,9 @@ func targetsRole(_ []string, out io.Writer) error {
 			return err
 		}
 		go accept(ln, serve)
+	}
+	if _, err := bindUDP(netip.AddrPortFrom(netip.IPv4Unspecified(), discardPort), 0); err != nil {
+		return err
 	}
 	// Two sockets for each address, so that answers leave from where they were
 	// asked for.

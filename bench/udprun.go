@@ -88,7 +88,7 @@ type udpTally struct {
 // trouble notes what went wrong at the daemon since it was called last, so that
 // a loss has a cause.
 func (u *udpRun) trouble(ctx context.Context, what string) error {
-	out, err := exec.CommandContext(ctx, u.program, "status", "-c", u.conf).Output()
+	out, err := exec.CommandContext(ctx, u.program, "status", "--json", "-c", u.conf).Output()
 	if err != nil {
 		return fmt.Errorf("status: %w", err)
 	}
