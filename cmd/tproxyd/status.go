@@ -90,17 +90,17 @@ func (p page) status(s daemon.Status, all bool, now time.Time) {
 	p.Flush()
 
 	p.servers(s)
-	p.line("\nRULE\tFLOWS\tUP\tDOWN\t")
+	p.line("\nRULE\tFLOWS\tUP\tDOWN\tKERNEL\t")
 	hidden := 0
 	for _, r := range s.Rules {
-		if r.Flows == 0 && !all {
+		if r.Flows == 0 && r.Packets == 0 && !all {
 			hidden++
 			continue
 		}
-		p.line("%s\t%d\t%s\t%s\t%s", r.Position, r.Flows, size(r.Up), size(r.Down), r.Text)
+		p.line("%s\t%d\t%s\t%s\t%s\t%s", r.Position, r.Flows, size(r.Up), size(r.Down), size(r.Bytes), r.Text)
 	}
-	if g := s.Gone; g.Flows > 0 {
-		p.line("gone\t%d\t%s\t%s\trules that were in force before", g.Flows, size(g.Up), size(g.Down))
+	if g := s.Gone; g.Flows > 0 || g.Packets > 0 {
+		p.line("gone\t%d\t%s\t%s\t%s\trules that were in force before", g.Flows, size(g.Up), size(g.Down), size(g.Bytes))
 	}
 	p.Flush()
 	if hidden > 0 {

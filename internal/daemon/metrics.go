@@ -178,5 +178,7 @@ func (c scrape) rules(s Status) {
 		c.counter("rule_flows", flows, r.Flows, "rule", rule, "action", action)
 		c.counter("rule_bytes", bytes, r.Up, "rule", rule, "action", action, "direction", "up")
 		c.counter("rule_bytes", bytes, r.Down, "rule", rule, "action", action, "direction", "down")
+		c.counter("rule_kernel_packets", "Packets from clients that the kernel let pass or refused by a rule.", r.Packets, "rule", rule, "action", action)
+		c.counter("rule_kernel_bytes", "Bytes of packets from clients that the kernel let pass or refused by a rule.", r.Bytes, "rule", rule, "action", action)
 	}
 }

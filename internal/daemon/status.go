@@ -31,8 +31,8 @@ type Status struct {
 // FlowStatus is a flow that is being carried.
 type FlowStatus = gateway.FlowStatus
 
-// RuleStatus is a rule with what it decided in user space since the daemon first
-// read it.
+// RuleStatus is a rule with what it decided in user space, and what the kernel
+// decided by it alone, since the daemon first read it.
 type RuleStatus struct {
 	Position string `json:"position,omitempty"`
 	Text     string `json:"text,omitempty"`
@@ -40,12 +40,20 @@ type RuleStatus struct {
 	Flows    uint64 `json:"flows"`
 	Up       uint64 `json:"up"`   // bytes from clients
 	Down     uint64 `json:"down"` // bytes to clients
+
+	// What the kernel let pass, or refused, of packets from clients; their answers
+	// are not counted. A rule can have none that is one of very many (see
+	// routes.Range) or decides nothing without its servers.
+	Packets uint64 `json:"kernel_packets"`
+	Bytes   uint64 `json:"kernel_bytes"`
 }
 
 func (r *RuleStatus) add(o RuleStatus) {
 	r.Flows += o.Flows
 	r.Up += o.Up
 	r.Down += o.Down
+	r.Packets += o.Packets
+	r.Bytes += o.Bytes
 }
 
 // KernelStatus is what the table has counted, and what others did to it.
@@ -61,8 +69,18 @@ func (d *Daemon) Status() Status {
 	s := Status{Started: d.started, Config: d.setup.Config.Path, Reloads: d.reloads}
 	d.mu.Unlock()
 	plan := d.gateway.Plan()
+	tallies, err := d.kernel.Tallies()
+	if err != nil {
+		s.Kernel.Error = err.Error()
+	}
 	for _, r := range d.gateway.Rules() {
 		rs := RuleStatus{Flows: r.Flows, Up: r.Up, Down: r.Down}
+		tag := ""
+		if r.Rule != nil {
+			tag = tagOf(r.Rule)
+		}
+		rs.Packets, rs.Bytes = tallies[tag].Packets, tallies[tag].Bytes
+		delete(tallies, tag) // of rules with the same words the first one is meant
 		if r.Rule == nil {
 			s.Gone = rs
 			continue
@@ -77,7 +95,6 @@ func (d *Daemon) Status() Status {
 	s.UDP = d.packets.Stats()
 	s.Before = d.before.carriers()
 	s.Kernel.Healed = d.kernel.Healed()
-	var err error
 	if s.Kernel.Counters, err = d.kernel.Counters(); err != nil {
 		s.Kernel.Error = err.Error()
 	}

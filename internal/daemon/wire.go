@@ -85,9 +85,22 @@ func kernelRanges(list []routes.Range) []redirect.Range {
 	out := make([]redirect.Range, len(list))
 	for i, r := range list {
 		out[i] = redirect.Range{From: r.From, To: r.To}
+		if r.Rule != nil && decidesAlone(r.Rule) {
+			out[i].Tag = tagOf(r.Rule)
+		}
 	}
 	return out
 }
+
+// decidesAlone tells whether some of what a rule decides is decided by the kernel.
+func decidesAlone(r *routes.Rule) bool {
+	alone := func(a routes.Action) bool { return a == routes.Direct || a == routes.Deny }
+	return alone(r.Action) || alone(r.ActionFor(flow.UDP))
+}
+
+// tagOf is by what a rule's packets are counted: its file and its words, by which
+// it is the same one in other versions of the file.
+func tagOf(r *routes.Rule) string { return r.File + ": " + r.Text }
 
 // toKernel says in the kernel's words what the gateway lets pass by name.
 func toKernel(list []gateway.Admission) []redirect.Admission {

@@ -18,8 +18,9 @@ const atOnce = 20
 
 // present is what of our table is in the kernel.
 type present struct {
-	chains []string
-	sets   []string
+	chains   []string
+	sets     []string
+	counters []string
 }
 
 // generation returns the suffix that the sets of the next plan can have. One
@@ -112,7 +113,11 @@ func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error
 		if len(there.chains) > 0 {
 			c.FlushTable(nt)
 		}
-		for _, n := range counterNames() {
+		names := counterNames()
+		for _, n := range t.tallies.objects {
+			names = append(names, n)
+		}
+		for _, n := range names {
 			c.AddObj(&nftables.NamedObj{Table: nt, Name: n, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
 		}
 		// In this transaction, so that of two live sets only one is ever there.
@@ -159,6 +164,9 @@ func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error
 			return slices.ContainsFunc(t.sets, func(s *set) bool { return s.name == n })
 		}) {
 			c.DelSet(&nftables.Set{Name: n, Table: nt})
+		}
+		for _, n := range t.staleObjects(there.counters) {
+			c.DeleteObject(&nftables.NamedObj{Table: nt, Name: n, Type: nftables.ObjTypeCounter})
 		}
 		if d.flush {
 			for _, s := range t.sets {

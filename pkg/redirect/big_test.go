@@ -14,11 +14,11 @@ func bigPlan(n int) Plan {
 	var direct []Range
 	for i := range n / 5 * 4 {
 		a := netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(11 + i>>15), byte(i >> 7), byte(i << 1), 0}), 24)
-		direct = append(direct, Range{a.Addr(), lastOf(a)})
+		direct = append(direct, Range{From: a.Addr(), To: lastOf(a)})
 	}
 	for i := range n / 5 {
 		a := netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0, byte(i >> 7), byte(i << 1)}), 32)
-		direct = append(direct, Range{a.Addr(), lastOf(a)})
+		direct = append(direct, Range{From: a.Addr(), To: lastOf(a)})
 	}
 	p.Blocks = []Block{{Direct: direct}, {Proxy: ranges("0.0.0.0/0", "::/0")}}
 	return p

@@ -217,7 +217,7 @@ func TestLoad(t *testing.T) {
 		var b [4]byte
 		binary.BigEndian.PutUint32(b[:], 11<<24+r.Uint32()>>1)
 		pre := netip.PrefixFrom(netip.AddrFrom4(b), 24+r.IntN(9)).Masked()
-		many = append(many, Range{pre.Addr(), lastOf(pre)})
+		many = append(many, Range{From: pre.Addr(), To: lastOf(pre)})
 	}
 	p.Blocks = []Block{{Direct: many}, {Proxy: ranges("0.0.0.0/0", "::/0")}}
 	for range 2 {

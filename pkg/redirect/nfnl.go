@@ -333,10 +333,11 @@ func (c *nfnl) names(kind int) ([]string, error) {
 
 // element is one element of a set, its key in the kernel's form.
 type element struct {
-	key  []byte
-	data []byte        // of a map
-	end  bool          // it is the first address behind a range
-	left time.Duration // 0: it does not end
+	key   []byte
+	data  []byte        // of a map
+	end   bool          // it is the first address behind a range
+	left  time.Duration // 0: it does not end
+	count Count         // if the elements of the set count
 }
 
 // elements gives the elements of a set of ours to f. The key is valid for the
@@ -382,6 +383,15 @@ func elementsOf(f func(element)) func(*netlink.AttributeDecoder) error {
 						}
 						return nil
 					})
+				case unix.NFTA_SET_ELEM_EXPR:
+					ad.Nested(func(x *netlink.AttributeDecoder) error {
+						for x.Next() {
+							if x.Type() == unix.NFTA_EXPR_DATA {
+								x.Nested(e.count.read)
+							}
+						}
+						return nil
+					})
 				case unix.NFTA_SET_ELEM_FLAGS:
 					e.end = ad.Uint32()&unix.NFT_SET_ELEM_INTERVAL_END != 0
 				case unix.NFTA_SET_ELEM_EXPIRATION:
@@ -409,6 +419,19 @@ func elementsOf(f func(element)) func(*netlink.AttributeDecoder) error {
 	}
 }
 
+// read reads the attributes of a counter.
+func (n *Count) read(data *netlink.AttributeDecoder) error {
+	for data.Next() {
+		switch data.Type() {
+		case unix.NFTA_COUNTER_PACKETS:
+			n.Packets = data.Uint64()
+		case unix.NFTA_COUNTER_BYTES:
+			n.Bytes = data.Uint64()
+		}
+	}
+	return nil
+}
+
 // counters returns packets and bytes of the counters of our table.
 func (c *nfnl) counters() (map[string]Count, error) {
 	counts := map[string]Count{}
@@ -423,17 +446,7 @@ func (c *nfnl) counters() (map[string]Count, error) {
 			case unix.NFTA_OBJ_NAME:
 				name = ad.String()
 			case unix.NFTA_OBJ_DATA:
-				ad.Nested(func(data *netlink.AttributeDecoder) error {
-					for data.Next() {
-						switch data.Type() {
-						case unix.NFTA_COUNTER_PACKETS:
-							n.Packets = data.Uint64()
-						case unix.NFTA_COUNTER_BYTES:
-							n.Bytes = data.Uint64()
-						}
-					}
-					return nil
-				})
+				ad.Nested(n.read)
 			}
 		}
 		if table == tableName {

@@ -354,7 +354,7 @@ func TestAdmit(t *testing.T) {
 		asked{"tcp " + join(byName6, "80"), "server [2001:db8:a::77]:80"}, asked{"ping " + byName6, "prohibited"})
 
 	// A block that denies a port does so for what was let in only if it is final.
-	all4, all6 := Range{mustAddr("0.0.0.0"), mustAddr("255.255.255.255")}, Range{mustAddr("::"), mustAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")}
+	all4, all6 := Range{From: mustAddr("0.0.0.0"), To: mustAddr("255.255.255.255")}, Range{From: mustAddr("::"), To: mustAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")}
 	deny := Block{Networks: TCP, Ports: []PortRange{{80, 80}}, Deny: []Range{all4, all6}}
 	p.Readmit = []Admission{addr(byName4), addr(byName6)}
 	for _, deny.Final = range []bool{false, true} {

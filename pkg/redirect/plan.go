@@ -30,7 +30,13 @@ func (n Networks) String() string {
 }
 
 // Range is a range of addresses of one family, both ends included.
-type Range struct{ From, To netip.Addr }
+type Range struct {
+	From, To netip.Addr
+
+	// Tag is what is counted together, see Redirect.Tallies; empty: nothing is. It
+	// has no meaning in Block.Proxy.
+	Tag string
+}
 
 // PortRange is a range of ports, both ends included.
 type PortRange struct{ From, To uint16 }

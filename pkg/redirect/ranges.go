@@ -44,7 +44,8 @@ func (f family) first() netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// normal returns the ranges of the family, sorted and merged.
+// normal returns the ranges of the family, sorted and merged where they have the
+// same tag.
 func normal(ranges []Range, f family) []Range {
 	n := 0
 	for _, r := range ranges {
@@ -66,7 +67,7 @@ func normal(ranges []Range, f family) []Range {
 	for _, r := range rs {
 		if n := len(merged); n > 0 {
 			last := &merged[n-1]
-			if !last.To.Less(r.From) || last.To.Next() == r.From {
+			if last.Tag == r.Tag && (!last.To.Less(r.From) || last.To.Next() == r.From) {
 				if last.To.Less(r.To) {
 					last.To = r.To
 				}

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -47,10 +47,12 @@ type Redirect struct {
 	nf       *nfnl      // owns the table
 	policy   *policy
 	monitor  *monitor
-	lock     net.Listener // instead of owning, where the kernel knows no owners
-	plan     *Plan        // what is in force; nil: nothing of ours
-	cgroups  cgroups      // that it names, as they were then
-	notebook *notebook    // for Who
+	lock     net.Listener     // instead of owning, where the kernel knows no owners
+	plan     *Plan            // what is in force; nil: nothing of ours
+	cgroups  cgroups          // that it names, as they were then
+	notebook *notebook        // for Who
+	tallies  tallies          // what the table in force counts by tags
+	tallied  map[string]Count // what those before it have counted
 
 	named    chan struct{} // has something once a plan has named cgroups
 	admitted admissions
@@ -260,6 +262,11 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 	if there.sets, err = r.nf.names(unix.NFT_MSG_GETSET); err != nil {
 		return fmt.Errorf("redirect: sets: %w", err)
 	}
+	counters, err := r.nf.counters()
+	if err != nil {
+		return fmt.Errorf("redirect: counters: %w", err)
+	}
+	there.counters = slices.Collect(maps.Keys(counters))
 	gen, err := there.generation()
 	if err != nil {
 		return err
@@ -288,6 +295,12 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 	if err == nil {
 		err = r.verify(t)
 	}
+	var counted map[string]Count
+	if err == nil {
+		if counted, err = r.tally(); errors.Is(err, unix.ENOENT) { // the table is not the one that counted
+			counted, err = r.tallied, nil
+		}
+	}
 	if err == nil {
 		err = r.nf.commit(rules)
 	}
@@ -296,6 +309,7 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 		return err
 	}
 	r.live = t.live
+	r.carryOver(counted, t.tallies)
 	return nil
 }
 
@@ -351,6 +365,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 		return err
 	}
 	r.live = t.live
+	r.carryOver(r.tallied, t.tallies)
 	return r.verify(t)
 }
 
@@ -475,17 +490,4 @@ func (r *Redirect) Owned() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.can.own
-}
-
-// kernelAtLeast compares the version of the running kernel.
-func kernelAtLeast(major, minor int) bool {
-	var u unix.Utsname
-	if unix.Uname(&u) != nil {
-		return false
-	}
-	var a, b int
-	if n, _ := fmt.Sscanf(strings.TrimRight(string(u.Release[:]), "\x00"), "%d.%d", &a, &b); n != 2 {
-		return false
-	}
-	return a > major || a == major && b >= minor
 }

@@ -24,6 +24,7 @@ type set struct {
 	interval bool
 	timeout  bool   // elements may end by themselves
 	dynamic  bool   // rules add elements
+	counter  bool   // each element counts what is found by it
 	size     uint32 // 0: as it comes
 	elements []nftables.SetElement
 	ranges   []Range                       // in place of elements: so many that they are made when they are sent
@@ -63,7 +64,7 @@ func (s *set) lookup() expr.Any { return &expr.Lookup{SourceRegister: reg1, SetN
 // variable of its own unless they have a number.
 func (s *set) lib(t *nftables.Table, id uint32) *nftables.Set {
 	n := &nftables.Set{Table: t, ID: id, Name: s.name, KeyType: s.key, Interval: s.interval,
-		HasTimeout: s.timeout, Dynamic: s.dynamic, Size: s.size}
+		HasTimeout: s.timeout, Dynamic: s.dynamic, Counter: s.counter, Size: s.size}
 	if s.data.Bytes > 0 {
 		n.IsMap, n.DataType = true, s.data
 	}
@@ -199,6 +200,9 @@ func (s *set) text(b *strings.Builder) {
 		b.WriteString("\t\tflags timeout\n")
 	case s.interval:
 		b.WriteString("\t\tflags interval\n")
+	}
+	if s.counter {
+		b.WriteString("\t\tcounter\n")
 	}
 	if s.list != nil && len(s.elements)+len(s.ranges) > 0 {
 		sep := "\t\telements = { "

@@ -250,8 +250,12 @@ func TestApplyRefuses(t *testing.T) {
 		"interface": func(p *Plan) { p.Interfaces = []string{"lan 0"} },
 		"lo":        func(p *Plan) { p.Interfaces = []string{"lo"} },
 		"server":    func(p *Plan) { p.Servers = []netip.AddrPort{{}} },
-		"range":     func(p *Plan) { p.Blocks = []Block{{Direct: []Range{{mustAddr("10.0.0.2"), mustAddr("10.0.0.1")}}}} },
-		"families":  func(p *Plan) { p.Blocks = []Block{{Direct: []Range{{mustAddr("10.0.0.2"), mustAddr("::1")}}}} },
+		"range": func(p *Plan) {
+			p.Blocks = []Block{{Direct: []Range{{From: mustAddr("10.0.0.2"), To: mustAddr("10.0.0.1")}}}}
+		},
+		"families": func(p *Plan) {
+			p.Blocks = []Block{{Direct: []Range{{From: mustAddr("10.0.0.2"), To: mustAddr("::1")}}}}
+		},
 		"ports":     func(p *Plan) { p.Blocks = []Block{{Ports: []PortRange{{2, 1}}}} },
 		"two lists": func(p *Plan) { p.Blocks = []Block{{Direct: ranges("10.0.0.0/8"), Deny: ranges("10.1.0.0/16")}} },
 		"readmit":   func(p *Plan) { p.Readmit = []Admission{{}} },

@@ -50,13 +50,14 @@ type table struct {
 	alive  bool   // output asks for the mark of this name
 
 	cgroups cgroups // that the plan names, as they are
+	tallies tallies // what is counted by tags
 }
 
 // newTable makes the table of a checked plan. Gen tells the sets of one plan
 // from those of the plan before, so that both can be there for a moment; live is
 // one of liveSets. Alive says that there is the table of that name.
 func newTable(p *Plan, gen, live string, alive bool, groups cgroups) (*table, error) {
-	t := &table{gen: "_" + gen, live: live, alive: alive, cgroups: groups}
+	t := &table{gen: "_" + gen, live: live, alive: alive, cgroups: groups, tallies: tallies{map[string]string{}, map[string]map[string]string{}}}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
 			t.sets = append(t.sets, dynamicSet(admittedSet, f, q))
@@ -269,15 +270,12 @@ func (t *table) block(m Marks, c *chain, n int, b *Block) error {
 			before = []statement{addrIn(f, true, t.set(addrSet(name("src"+f.digit()), f, sources)), false)}
 		}
 		before = append(before, common...)
-		lists := []struct {
-			name, to string
-			ranges   []Range
-		}{
-			{"direct", "direct", normal(b.Direct, f)},
-			{"deny", "denied" + suffix, normal(b.Deny, f)},
-			{"icmp", "denied_icmp" + suffix, normal(b.ICMP, f)},
-			{"drop", "denied_drop" + suffix, normal(b.Drop, f)},
-			{"proxy", "take" + suffix, normal(b.Proxy, f)},
+		lists := []list{
+			{"direct", "direct", "", normal(b.Direct, f)},
+			{"deny", "denied" + suffix, "deny", normal(b.Deny, f)},
+			{"icmp", "denied_icmp" + suffix, "deny_icmp", normal(b.ICMP, f)},
+			{"drop", "denied_drop" + suffix, "deny_drop", normal(b.Drop, f)},
+			{"proxy", "take" + suffix, "", normal(b.Proxy, f)},
 		}
 		whole, err := covers(f, lists[0].ranges, lists[1].ranges, lists[2].ranges, lists[3].ranges, lists[4].ranges)
 		if err != nil {
@@ -286,18 +284,36 @@ func (t *table) block(m Marks, c *chain, n int, b *Block) error {
 		rest := -1
 		if whole {
 			for i, l := range lists {
+				if _, one := oneTag(l.ranges); !one && l.name == "direct" {
+					continue // its set counts
+				}
 				if rest < 0 || len(l.ranges) > len(lists[rest].ranges) {
 					rest = i
 				}
 			}
 		}
+		var ends [5][]statement
 		for i, l := range lists {
-			if i == rest || len(l.ranges) == 0 {
+			if len(l.ranges) == 0 {
+				continue
+			}
+			tag, one := oneTag(l.ranges)
+			end := []statement{going(l.to)}
+			switch {
+			case l.then != "":
+				end[0] = going(t.refusal(name(l.name), f, l, b.Final))
+			case l.name == "direct" && one && tag != "":
+				end = []statement{count(t.object(tag)), going(l.to)}
+			}
+			if ends[i] = end; i == rest {
 				continue
 			}
 			s := t.set(addrSet(name(l.name+f.digit()), f, l.ranges))
+			if l.name == "direct" && !one {
+				t.counted(s, l.ranges)
+			}
 			for _, cond := range conditions {
-				c.add(slices.Concat(cond, before, []statement{addrIn(f, false, s, len(b.Src) > 0), going(l.to)})...)
+				c.add(slices.Concat(cond, before, []statement{addrIn(f, false, s, len(b.Src) > 0)}, end)...)
 			}
 		}
 		if rest >= 0 {
@@ -306,11 +322,19 @@ func (t *table) block(m Marks, c *chain, n int, b *Block) error {
 				if len(b.Src) == 0 {
 					r = append(r, isFamily(f))
 				}
-				c.add(append(r, going(lists[rest].to))...)
+				c.add(append(r, ends[rest]...)...)
 			}
 		}
 	}
 	return nil
+}
+
+// list is one of a block's, in one family.
+type list struct {
+	name   string
+	to     string // where its packets go
+	then   string // of a refusal: where they go on behind the look at what is never refused
+	ranges []Range
 }
 
 // protocols returns the alternatives that a block's networks and ports make.

@@ -25,6 +25,14 @@ func ranges(texts ...string) (rs []Range) {
 	return rs
 }
 
+func tagged(tag string, texts ...string) []Range {
+	rs := ranges(texts...)
+	for i := range rs {
+		rs[i].Tag = tag
+	}
+	return rs
+}
+
 func prefixes(texts ...string) (ps []netip.Prefix) {
 	for _, t := range texts {
 		ps = append(ps, netip.MustParsePrefix(t))
@@ -56,6 +64,8 @@ func fullPlan() Plan {
 			{Client: Client{Marks: []PacketMark{{0x7000, 0xf000}}}, Direct: ranges("0.0.0.0/0")}, // nobody can meet it
 			{Direct: ranges("10.0.0.0/8", "192.168.0.0/16", "255.255.255.240/28", "fd00::/8"), Deny: ranges("2001:db8:bad::/48"),
 				Proxy: ranges("0.0.0.0-9.255.255.255", "11.0.0.0-192.167.255.255", "192.169.0.0-255.255.255.239")},
+			{Networks: TCP, Ports: []PortRange{{9, 9}}, Direct: tagged("a", "203.0.113.0/25"), Deny: append(tagged("b", "198.51.100.0/25"), tagged("c", "198.51.100.128/25")...)},
+			{Networks: TCP, Ports: []PortRange{{8, 8}}, Direct: append(tagged("a", "0.0.0.0/1"), tagged("b", "128.0.0.0/1")...), Drop: tagged("a", "::/0")},
 			{Proxy: ranges("::/0")},
 		},
 	}

@@ -2,6 +2,7 @@ package redirect
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -22,7 +23,12 @@ func Text(p Plan) (string, error) {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "table inet %s {\n", tableName)
-	for _, c := range counterNames() {
+	names := counterNames()
+	for _, n := range t.tallies.objects {
+		names = append(names, n)
+	}
+	slices.Sort(names[len(counterNames()):])
+	for _, c := range names {
 		fmt.Fprintf(&b, "\tcounter %s {\n\t}\n\n", c)
 	}
 	for _, s := range t.sets {

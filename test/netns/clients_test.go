@@ -90,6 +90,12 @@ SOCKD5 @=one *
 		t.Error("the kernel counted none of them")
 	}
 	w.gateway.curl(t, "http://"+insideAt+"/").fetched(t, socks1At, socks1Out)
+	for line, action := range map[int]string{3: "DIRECT", 4: "DIRECT", 10: "DIRECT", 5: "DENY", 6: "DENY"} {
+		metric := fmt.Sprintf("tproxyd_rule_kernel_packets_total{action=%q,rule=\"%s/socks.cnf:%d\"}", action, w.gateway.dir, line)
+		if d.metric(t, metric) == 0 {
+			t.Errorf("%s is 0", metric)
+		}
+	}
 
 	// A reload that asks for something new of clients that are there.
 	d.routes(t, "SERVER two 198.51.100.12\nDENY * uid=1000 gid=1000\nSOCKD5 @=two * cgroup=/"+name+"\nDENY *\n")
