@@ -62,7 +62,7 @@ runs it starts as always.`,
 		if err != nil {
 			return failed(err)
 		}
-		return failed(d.Run(ctx, daemon.Signals{Reload: hup, Ready: func(line string) { fmt.Fprintln(e.stdout, line) }}))
+		return failed(d.Run(ctx, daemon.Signals{Reload: hup, Version: buildVersion(), Ready: func(line string) { fmt.Fprintln(e.stdout, line) }}))
 	}
 	return c
 }

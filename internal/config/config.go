@@ -77,6 +77,9 @@ type State struct {
 type Control struct {
 	Socket  string // UNIX socket
 	Metrics string // address of an HTTP listener for /metrics; empty: only on the socket
+	Clash   string // address of an HTTP listener for the Clash API and a page; empty: none
+	Secrets string // file of what opens it; empty: systemd's credential of that name
+	UI      string // folder of a dashboard that is served there at /ui/; empty: none
 }
 
 // Default returns the configuration that an empty file means, for a file at

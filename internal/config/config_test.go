@@ -41,6 +41,9 @@ directory = "state"
 [control]
 socket  = "/run/t.sock"
 metrics = "127.0.0.1:9470"
+clash   = "[::1]:9090"
+secrets = "secrets.toml"
+ui      = "/srv/dashboard"
 `
 	got, diags := Parse("/etc/t/tproxyd.toml", []byte(file))
 	if len(diags) != 0 {
@@ -58,7 +61,7 @@ metrics = "127.0.0.1:9470"
 			TTL: 5 * time.Second,
 		},
 		State:   State{Directory: "/etc/t/state"},
-		Control: Control{Socket: "/run/t.sock", Metrics: "127.0.0.1:9470"},
+		Control: Control{Socket: "/run/t.sock", Metrics: "127.0.0.1:9470", Clash: "[::1]:9090", Secrets: "/etc/t/secrets.toml", UI: "/srv/dashboard"},
 	}
 	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{})); d != "" {
 		t.Error(d)

@@ -48,7 +48,7 @@ func LoadCredentials(path, dir string) (Credentials, routes.Diagnostics) {
 		files, _ := os.ReadDir(dir) // a directory that is not there holds none
 		for _, f := range files {
 			file := filepath.Join(dir, f.Name())
-			if _, have := all[f.Name()]; have || !f.Type().IsRegular() {
+			if _, have := all[f.Name()]; have || !f.Type().IsRegular() || f.Name() == SecretsCredential {
 				continue
 			}
 			b, err := os.ReadFile(file)

@@ -138,19 +138,10 @@ var keys = map[string]func(*Config, any) error{
 
 	"state.directory": func(c *Config, v any) error { return setPath(&c.State.Directory, c.Path, v) },
 	"control.socket":  func(c *Config, v any) error { return setPath(&c.Control.Socket, c.Path, v) },
-	"control.metrics": func(c *Config, v any) error {
-		if err := set(&c.Control.Metrics, v, `a string as "127.0.0.1:9470"`); err != nil || c.Control.Metrics == "" {
-			return err
-		}
-		_, port, err := net.SplitHostPort(c.Control.Metrics)
-		if err == nil {
-			_, err = net.LookupPort("tcp", port)
-		}
-		if err != nil {
-			return fmt.Errorf(`%q is not HOST:PORT, as in "127.0.0.1:9470"`, c.Control.Metrics)
-		}
-		return nil
-	},
+	"control.metrics": func(c *Config, v any) error { return setListener(&c.Control.Metrics, v, "127.0.0.1:9470") },
+	"control.clash":   func(c *Config, v any) error { return setListener(&c.Control.Clash, v, "127.0.0.1:9090") },
+	"control.secrets": func(c *Config, v any) error { return setPath(&c.Control.Secrets, c.Path, v) },
+	"control.ui":      func(c *Config, v any) error { return setPath(&c.Control.UI, c.Path, v) },
 }
 
 // neighbours lists the keys that stand where an unknown one was given.
@@ -203,6 +194,21 @@ func setPath(dst *string, conf string, v any) error {
 		s = filepath.Join(filepath.Dir(conf), s)
 	}
 	*dst = s
+	return nil
+}
+
+// setListener takes HOST:PORT, or an empty string for none.
+func setListener(dst *string, v any, example string) error {
+	if err := set(dst, v, fmt.Sprintf("a string as %q", example)); err != nil || *dst == "" {
+		return err
+	}
+	_, port, err := net.SplitHostPort(*dst)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	if err != nil {
+		return fmt.Errorf("%q is not HOST:PORT, as in %q", *dst, example)
+	}
 	return nil
 }
 

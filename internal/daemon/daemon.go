@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tproxyd/tproxyd/internal/clash"
 	"github.com/tproxyd/tproxyd/internal/config"
 	"github.com/tproxyd/tproxyd/internal/control"
 	"github.com/tproxyd/tproxyd/internal/gateway"
@@ -34,6 +35,8 @@ import (
 type Signals struct {
 	Reload <-chan os.Signal  // each one makes it read its files again
 	Ready  func(line string) // called once, when flows are served
+
+	Version string // of the program, for who asks the Clash API
 }
 
 // Daemon is one running instance. Make it with New, run it once with Run.
@@ -57,6 +60,8 @@ type Daemon struct {
 	gateway *gateway.Gateway
 	socket  net.Listener // control
 	metrics net.Listener // nil: not asked for
+	clash   net.Listener // likewise
+	logs    *clash.Logs  // for who watches by the Clash API
 	watcher *watch.Watcher
 
 	admitting sync.RWMutex // writers: a reload, which must not lose an address admitted meanwhile
@@ -87,7 +92,10 @@ func inherit(setup *Setup, log *slog.Logger, e *estate) (*Daemon, error) {
 	defer frugal()()
 	d := &Daemon{
 		log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark, enclosure: setup.enclosure,
-		calls: make(chan *call), inherited: e.hold() != nil,
+		calls: make(chan *call), inherited: e.hold() != nil, logs: &clash.Logs{},
+	}
+	if setup.Config.Control.Clash != "" {
+		d.log = slog.New(d.logs.Handler(log.Handler()))
 	}
 	if err := d.open(e); err != nil {
 		d.release(true)
@@ -164,6 +172,11 @@ func (d *Daemon) open(e *estate) (err error) {
 			return fmt.Errorf("daemon: [control] metrics: %w", err)
 		}
 	}
+	if c.Control.Clash != "" {
+		if d.clash, err = e.clash(c.Control.Clash); err != nil {
+			return fmt.Errorf("daemon: [control] clash: %w", err)
+		}
+	}
 	p := kernelPlan(d.setup, d.ports())
 	if p.Readmit, err = d.inherit(e, plan); err != nil {
 		return err
@@ -236,6 +249,10 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	}
 	if d.metrics != nil {
 		reach.task("metrics", func(ctx context.Context) error { return control.Serve(ctx, d.metrics, control.MetricsHandler(offer)) })
+	}
+	if d.clash != nil {
+		api := d.clashOptions(s.Version)
+		reach.task("clash", func(ctx context.Context) error { return clash.Serve(ctx, d.clash, api) })
 	}
 	reach.task("lists", d.watchLists)
 	rest := newPart(ctx, g)
@@ -356,7 +373,7 @@ func (d *Daemon) release(keep bool) {
 	if d.watcher != nil {
 		d.watcher.Close()
 	}
-	for _, ln := range []net.Listener{d.socket, d.metrics} {
+	for _, ln := range []net.Listener{d.socket, d.metrics, d.clash} {
 		if ln != nil {
 			ln.Close()
 		}

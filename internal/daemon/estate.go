@@ -88,6 +88,7 @@ type estate struct {
 	Names   []string // of the descriptors, one for each
 	Each    int      // sockets of a shard
 	Metrics string   // address of that listener
+	Clash   string   // likewise
 
 	Alive     redirect.Marks
 	Whole     bool // see fakedns.Handover; the log is the message's blob
@@ -119,6 +120,7 @@ const (
 	fileState   = "state"
 	fileControl = "control"
 	fileMetrics = "metrics"
+	fileClash   = "clash"
 	fileStream  = "dns-stream"
 )
 
@@ -206,6 +208,13 @@ func (e *estate) control(path string) (net.Listener, error) {
 
 func (e *estate) metrics(address string) (net.Listener, error) {
 	if f := e.one(fileMetrics); f != nil && e.Metrics == address {
+		return net.FileListener(f)
+	}
+	return net.Listen("tcp", address)
+}
+
+func (e *estate) clash(address string) (net.Listener, error) {
+	if f := e.one(fileClash); f != nil && e.Clash == address {
 		return net.FileListener(f)
 	}
 	return net.Listen("tcp", address)

@@ -124,7 +124,7 @@ func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
 	for _, l := range []struct {
 		name string
 		ln   net.Listener
-	}{{fileControl, d.socket}, {fileMetrics, d.metrics}} {
+	}{{fileControl, d.socket}, {fileMetrics, d.metrics}, {fileClash, d.clash}} {
 		if l.ln == nil {
 			continue
 		}
@@ -134,7 +134,7 @@ func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
 		}
 		e.add(l.name, f)
 	}
-	e.Metrics = d.setup.Config.Control.Metrics
+	e.Metrics, e.Clash = d.setup.Config.Control.Metrics, d.setup.Config.Control.Clash
 
 	taking.stop() // accepts nothing more, and closes the sockets of DNS
 	r.stopped = true

@@ -161,6 +161,8 @@ func (s *Setup) changeable(next *Setup) error {
 		{"[state] directory", old.State != c.State},
 		{"[control] socket", old.Control.Socket != c.Control.Socket},
 		{"[control] metrics", old.Control.Metrics != c.Control.Metrics},
+		{"[control] clash", old.Control.Clash != c.Control.Clash},
+		{"[control] ui", old.Control.UI != c.Control.UI},
 		{"TIMEOUT dns=", s.Table.Limits().DNS != next.Table.Limits().DNS},
 	} {
 		if k.changed {

@@ -24,6 +24,7 @@ type Setup struct {
 	Config      *config.Config
 	Table       *routes.Table // nil only from LoadClosed
 	credentials config.Credentials
+	secrets     config.Secrets // of the Clash API
 	host        hostDNS
 	lists       map[string]watch.State // the files of LISTs, as they were read
 
@@ -48,6 +49,11 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if t != nil && creds != nil {
 		diags = append(diags, missingCredentials(t, creds)...)
 	}
+	var secrets config.Secrets
+	if c.Control.Clash != "" {
+		secrets, more = config.LoadSecrets(c.Control.Secrets, credentialDir)
+		diags = append(diags, more...)
+	}
 	if diags.HasErrors() {
 		return nil, diags
 	}
@@ -66,7 +72,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if diags.HasErrors() {
 		return nil, diags
 	}
-	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t)}, diags
+	return &Setup{Config: c, Table: t, credentials: creds, secrets: secrets, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t)}, diags
 }
 
 // missingCredentials reports the servers whose credentials nobody knows.

@@ -26,6 +26,7 @@ type FlowStatus struct {
 	Name        string         `json:"name,omitempty"`      // that the client asked for
 	Destination netip.AddrPort `json:"destination"`         // that the client connected to; synthetic if there is a name
 	Rule        string         `json:"rule"`
+	By          *routes.Rule   `json:"-"` // the rule, or what Bare makes of it; nil: none is known
 	Action      string         `json:"action"`
 	List        string         `json:"list,omitempty"`   // that the server is of; empty: the rule has but one, or none
 	Server      string         `json:"server,omitempty"` // empty: this host dialled it
@@ -70,7 +71,7 @@ func (g *Gateway) Flows() []FlowStatus {
 		up, down := l.bytes()
 		f := FlowStatus{
 			ID: l.id, Network: l.flow.Network.String(), Start: l.start, Age: now.Sub(l.start).Seconds(), Client: l.flow.Src, Interface: l.flow.InIf, Name: l.flow.Name,
-			Destination: l.flow.Dst, Rule: l.rule.Position(), Action: l.rule.Action.String(), List: listName(l.rule), Up: up, Down: down,
+			Destination: l.flow.Dst, Rule: l.rule.Position(), By: l.rule, Action: l.rule.Action.String(), List: listName(l.rule), Up: up, Down: down,
 		}
 		if l.via != nil {
 			f.Server = l.via.Name
@@ -118,7 +119,7 @@ func (g *Gateway) UDPFlows(flows []relay.UDPFlow) []FlowStatus {
 			f.Name, _ = g.o.Names.Lookup(f.Destination.Addr())
 		}
 		if r, ok := u.Why.(*routes.Rule); ok {
-			f.Rule, f.Action, f.List = r.Position(), r.ActionFor(flow.UDP).String(), listName(r)
+			f.By, f.Rule, f.Action, f.List = r, r.Position(), r.ActionFor(flow.UDP).String(), listName(r)
 		}
 		if s, ok := u.Via.(*upstream.Server); ok {
 			f.Server = s.Name

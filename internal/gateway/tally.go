@@ -70,6 +70,7 @@ func (p *Plan) follow(old *Plan, gone *tally) {
 // RuleStats is what a rule has decided in user space since it was first read.
 type RuleStats struct {
 	Rule  *routes.Rule // nil: all those that are not in force any longer
+	List  string       // its list, as List.Name, or its only server; empty: it has none
 	Flows uint64       // decided; DENY is among them
 	Up    uint64       // bytes from clients
 	Down  uint64       // bytes to clients
@@ -93,13 +94,17 @@ func (g *Gateway) Rules() []RuleStats {
 		b := living[t]
 		living[t] = bytes{b.up + up, b.down + down}
 	}
-	count := func(r *routes.Rule, t *tally) {
+	count := func(r *routes.Rule, to string, t *tally) {
 		b := living[t]
-		list = append(list, RuleStats{r, t.flows.Load(), t.up.Load() + b.up, t.down.Load() + b.down})
+		list = append(list, RuleStats{r, to, t.flows.Load(), t.up.Load() + b.up, t.down.Load() + b.down})
 	}
 	for i, r := range p.table.Rules() {
-		count(r, p.tallies[i])
+		to := listName(r)
+		if s := p.groups[i].Servers; len(s) == 1 {
+			to = s[0].Name
+		}
+		count(r, to, p.tallies[i])
 	}
-	count(nil, &g.gone)
+	count(nil, "", &g.gone)
 	return list
 }

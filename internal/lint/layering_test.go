@@ -27,6 +27,7 @@ var rooms = map[string]room{
 	"pkg/relay":          {own: []string{"pkg/flow"}, libs: []string{"golang.org/x/sys"}},
 
 	"internal/config":      {own: []string{"pkg/routes", "pkg/redirect"}, libs: []string{"github.com/pelletier/go-toml", "github.com/BurntSushi/toml"}},
+	"internal/clash":       {libs: []string{"github.com/coder/websocket"}},
 	"internal/control":     {},
 	"internal/handover":    {libs: []string{"golang.org/x/sys"}},
 	"internal/netns":       {libs: []string{"golang.org/x/sys", "github.com/vishvananda"}},
@@ -35,7 +36,7 @@ var rooms = map[string]room{
 	"internal/doctor":      {own: []string{"pkg/redirect", "internal/control"}, libs: []string{"github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	"internal/gateway":     {own: []string{"pkg"}},
 	"internal/daemon": {
-		own:  []string{"pkg", "internal/config", "internal/control", "internal/gateway", "internal/handover", "internal/watch"},
+		own:  []string{"pkg", "internal/clash", "internal/config", "internal/control", "internal/gateway", "internal/handover", "internal/watch"},
 		libs: []string{"github.com/coreos/go-systemd", "github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync", "golang.org/x/sys"},
 	},
 	"cmd/tproxyd": {
@@ -46,7 +47,7 @@ var rooms = map[string]room{
 	"examples/gotest": {},
 	"bench":           {own: []string{"internal/netns"}, libs: []string{"github.com/google/nftables", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	"internal/lint":   {},
-	"test/netns":      {own: []string{"internal", "pkg"}, libs: []string{"github.com/miekg/dns", "github.com/google/go-cmp", "github.com/quic-go/quic-go", "golang.org/x/sys"}},
+	"test/netns":      {own: []string{"internal", "pkg"}, libs: []string{"github.com/coder/websocket", "github.com/miekg/dns", "github.com/google/go-cmp", "github.com/quic-go/quic-go", "golang.org/x/sys"}},
 }
 
 // testRoom is what the tests of every package may import on top.

@@ -1,0 +1,31 @@
+package clash
+
+import (
+	"bytes"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"net/http"
+)
+
+// pageHTML is the page at /: one file that needs nothing else.
+//
+//go:embed page.html
+var pageHTML []byte
+
+// page serves the page. It runs its own script and no other.
+func page(w http.ResponseWriter) {
+	h := w.Header()
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src "+scriptHash(pageHTML)+"; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+	h.Set("Referrer-Policy", "no-referrer")
+	w.Write(pageHTML)
+}
+
+// scriptHash is what a Content-Security-Policy calls the page's script.
+func scriptHash(page []byte) string {
+	_, script, _ := bytes.Cut(page, []byte("<script>"))
+	script, _, _ = bytes.Cut(script, []byte("</script>"))
+	sum := sha256.Sum256(script)
+	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+}
