@@ -3,23 +3,28 @@ package clash
 import (
 	"bytes"
 	"crypto/sha256"
-	_ "embed"
+	"embed"
 	"encoding/base64"
 	"net/http"
 )
 
-// pageHTML is the page at /: one file that needs nothing else.
+// pageHTML is the page at /, page.html: one file that needs nothing else.
 //
 //go:embed page.html
-var pageHTML []byte
+var pageHTML embed.FS
 
 // page serves the page. It runs its own script and no other.
 func page(w http.ResponseWriter) {
+	text, err := pageHTML.ReadFile("page.html")
+	if err != nil {
+		fail(w, http.StatusInternalServerError, err.Error())
+		return
+	}
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src "+scriptHash(pageHTML)+"; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src "+scriptHash(text)+"; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 	h.Set("Referrer-Policy", "no-referrer")
-	w.Write(pageHTML)
+	w.Write(text)
 }
 
 // scriptHash is what a Content-Security-Policy calls the page's script.

@@ -23,6 +23,7 @@ func TestDeployedFiles(t *testing.T) {
 		write(t, filepath.Join(dir, "tproxyd.toml"), text, 0o644)
 		write(t, filepath.Join(dir, "socks.cnf"), read(t, "deploy/socks.cnf"), 0o644)
 		write(t, filepath.Join(dir, "credentials.toml"), "[office]\nusername = \"u\"\npassword = \"p\"\n", 0o600)
+		write(t, filepath.Join(dir, "secrets.toml"), "admin = \"sixteen characters\"\n", 0o600)
 		out, status := tproxyd(t, "check", "-c", filepath.Join(dir, "tproxyd.toml"))
 		if status != 0 || strings.Contains(out, "warning") {
 			t.Errorf("deploy/tproxyd.toml %s: exit %d\n%s", name, status, out)

@@ -92,6 +92,7 @@ func checkConfig(t *testing.T, where, text string) {
 	write(t, filepath.Join(dir, "tproxyd.toml"), text, 0o644)
 	write(t, filepath.Join(dir, "socks.cnf"), "DEFAULT DENY\n", 0o644)
 	write(t, filepath.Join(dir, "credentials.toml"), "[office]\nusername = \"u\"\npassword = \"p\"\n", 0o600)
+	write(t, filepath.Join(dir, "secrets.toml"), "admin = \"sixteen characters\"\n", 0o600)
 	if out, status := tproxyd(t, "check", "-c", filepath.Join(dir, "tproxyd.toml")); status != 0 {
 		t.Errorf("%s: check exits %d for\n%s\n%s", where, status, text, out)
 	}

@@ -63,6 +63,7 @@ type settings struct {
 	resolvers   []string // nil: the inside's name server
 	state       string   // empty: a directory of the host
 	metrics     string   // address; empty: only on the control socket
+	clash       string   // address of the Clash API; empty: none
 	args        []string // of serve, after the usual ones
 	trust       string   // a file of certificates; empty: the system's
 	env         []string // of serve and of the commands, added to the environment
@@ -114,6 +115,10 @@ func (d *daemon) write(t testing.TB) {
 	}
 	fmt.Fprintf(&b, "\n[dns]\nresolvers = [%s]\n\n[state]\ndirectory = %q\n\n[control]\nsocket = %q\nmetrics = %q\n",
 		quoted(d.set.resolvers), d.set.state, d.socket(), d.set.metrics)
+	if d.set.clash != "" {
+		d.host.file(t, "secrets.toml", fmt.Sprintf("admin = %q\nreader = %q\n", adminSecret, readerSecret), 0o600)
+		fmt.Fprintf(&b, "clash = %q\nsecrets = \"secrets.toml\"\n", d.set.clash)
+	}
 	d.config = d.host.file(t, "tproxyd.toml", b.String(), 0o644)
 }
 
