@@ -69,6 +69,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	diags = append(diags, rulesOfOtherInterfaces(t, c)...)
 	diags = append(diags, rulesOfNobody(t, c)...)
 	diags = append(diags, syntheticResolvers(t, c)...)
+	diags = append(diags, localLoops(t, c)...)
 	if diags.HasErrors() {
 		return nil, diags
 	}
@@ -129,6 +130,23 @@ func rulesOfOtherInterfaces(t *routes.Table, c *config.Config) (diags routes.Dia
 				Msg: fmt.Sprintf("rule can never match: if=%s, but [intercept] interfaces in %s has it not", strings.Join(r.Ifs, ","), c.Path),
 			})
 		}
+	}
+	return diags
+}
+
+// localLoops warns of servers that run on this host and are given what they send
+// themselves.
+func localLoops(t *routes.Table, c *config.Config) (diags routes.Diagnostics) {
+	if !c.Intercept.Local {
+		return nil
+	}
+	var own hostAddrs
+	for _, l := range t.Loops(own.has) {
+		diags = append(diags, routes.Diagnostic{
+			File: l.Server.File, Line: l.Server.Line, Col: l.Server.Col, Severity: routes.Warning, Code: "E14",
+			Msg: fmt.Sprintf("server %s is a program of this host, whose own flows are intercepted too ([intercept] local = true) and come back to it by %s: proxy loop; "+
+				"make it DIRECT before, as by EXCLUDE-MODULE UNIT.service or DIRECT * uid=USER", l.Server.Name, l.Rule.Position()),
+		})
 	}
 	return diags
 }

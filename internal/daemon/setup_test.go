@@ -57,6 +57,12 @@ func TestLoad(t *testing.T) {
 		{"all well", map[string]string{
 			"tproxyd.toml": named + "[intercept]\nlocal = true\n", "credentials.toml": credentials, "socks.cnf": "SERVER a 10.0.3.1 credential=office\nSOCKD5 @=a *",
 		}, nil},
+		{"a server of this host itself", map[string]string{
+			"tproxyd.toml": "[intercept]\nlocal = true\n", "socks.cnf": "DENY * eq 25\nSERVER ssh 127.0.0.1:1081 udp=off\nSOCKD5 @=ssh *",
+		}, []string{"socks.cnf:2 E14"}},
+		{"a server of this host itself, excluded", map[string]string{
+			"tproxyd.toml": "[intercept]\nlocal = true\n", "socks.cnf": "EXCLUDE-MODULE tunnel.service\nSERVER ssh 127.0.0.1:1081 udp=off\nSOCKD5 @=ssh *",
+		}, nil},
 		{"rules for interfaces that are not taken", map[string]string{
 			"tproxyd.toml": "[intercept]\ninterfaces = [\"lan0\", \"lan1\"]\n", "socks.cnf": "DENY * eq 1 if=lan0\nDENY * eq 2 if=lan2,lan3\nDENY * eq 3 if=lan2,lan1",
 		}, []string{"socks.cnf:2 E22"}},

@@ -115,6 +115,7 @@ type parser struct {
 	lists   map[string]*list
 	files   []string // of lists, each once
 
+	excluded      []*Rule // of EXCLUDE-MODULE, before all others
 	rules         []*Rule
 	defaultRule   *Rule
 	defaultServer []Chain
@@ -177,8 +178,8 @@ func directives() map[string]func(*line, token) {
 		"RESOLVE":        (*line).resolve,
 		"TIMEOUT":        (*line).timeout,
 		"HEALTH":         (*line).healthLine,
-		"BIND-MODULE":    (*line).module,
-		"EXCLUDE-MODULE": (*line).module,
+		"BIND-MODULE":    (*line).bindModule,
+		"EXCLUDE-MODULE": (*line).excludeModule,
 		"GSS":            func(l *line, t token) { l.errorf(t, "E28", "GSS: GSSAPI is not built in") },
 	}
 	for a, w := range actionWords {
@@ -428,13 +429,4 @@ func (l *line) probe(t token, value string) {
 		return
 	}
 	l.health.Probe = to
-}
-
-func (l *line) module(t token) {
-	if _, ok := l.word(); !ok {
-		l.errorf(t.end(), "E29", "%s without a module", strings.ToUpper(t.text))
-		return
-	}
-	l.done()
-	l.warnf(t, "E27", "%s names Windows programs and has no effect here", strings.ToUpper(t.text))
 }

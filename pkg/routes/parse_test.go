@@ -131,7 +131,13 @@ func TestDiagnostics(t *testing.T) {
 		{"DENY foo..org", "1:6 E26!", "empty label"},
 		{"DENY bücher.example", "1:6 E26!", "xn--"},
 		{"BIND-MODULE wsftp", "1:1 E27", "no effect"},
-		{"EXCLUDE-MODULE outlook", "1:1 E27", "no effect"},
+		{"EXCLUDE-MODULE OUTLOOK.EXE", "1:1 E27", "a Windows program: kept as a tag, it has no effect"},
+		{"EXCLUDE-MODULE wsock32.dll", "1:1 E27", "a Windows program"},
+		{"EXCLUDE-MODULE /usr/bin/ssh", "1:1 E27", "has no effect: the kernel tells the user, the cgroup and the unit of a flow, not its program; write its unit, as ssh.service"},
+		{"EXCLUDE-MODULE outlook", "1:1 E27", "as outlook.service"},
+		{"EXCLUDE-MODULE ssh.service x", "1:28 E29!", "too much"},
+		{"EXCLUDE-MODULE", "1:15 E29!", "without a module"},
+		{"EXCLUDE-MODULE a.service\nEXCLUDE-MODULE /machine.slice/web\nEXCLUDE-MODULE /sys/fs/cgroup/x/y/", "", ""},
 
 		// What is not built yet says so.
 		{"SOCKD @=10.0.9.9 10.64.0.0/10", "", ""},

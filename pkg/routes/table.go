@@ -45,7 +45,7 @@ func (p *parser) build() *Table {
 		last = &Rule{Text: "DEFAULT DENY", Default: true}
 	}
 	last.dest = dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
-	t.rules = append(p.rules, last)
+	t.rules = append(append(p.excluded, p.rules...), last)
 	t.firstDirectName = slices.IndexFunc(t.rules, func(r *Rule) bool { return r.Action == Direct && r.ownName() })
 	if t.firstDirectName < 0 {
 		t.firstDirectName = len(t.rules)

@@ -115,3 +115,32 @@ SOCKD5 @=one *
 	time.Sleep(300 * time.Millisecond)
 	w.gateway.curlAs(t, []string{tool(t, "sh"), "-c", "echo $$ >" + late + "/cgroup.procs; exec \"$@\"", "sh"}, "http://"+outsideAt+"/").refused(t)
 }
+
+// TestExcludeModule: a unit of the gateway is DIRECT before all rules: by the
+// kernel where its flows have addresses, and where they have names too.
+func TestExcludeModule(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	w.insideDNS.add(t, "www.example.org. 60 IN A "+outsideAt, "www.example.org. 60 IN AAAA "+outsideAt6)
+	name := fmt.Sprintf("tproxyd-excluded-%d.service", os.Getpid())
+	_, dir := cgroup(t, name)
+	in := []string{tool(t, "sh"), "-c", "echo $$ >" + dir + "/cgroup.procs; exec \"$@\"", "sh"}
+	d := serve(t, w.gateway, settings{local: true, routes: "SERVER one 198.51.100.11\nDENY * eq 8081\nSOCKD5 @=one *\nEXCLUDE-MODULE " + name + "\n"})
+	startWeb(t, w.outside, outsideAt+":8081")
+	flows := func() float64 {
+		return d.metric(t, `tproxyd_flows_total{action="proxied"}`) + d.metric(t, `tproxyd_flows_total{action="direct"}`)
+	}
+	before := flows()
+	for _, to := range []string{"http://" + outsideAt + "/", "http://[" + outsideAt6 + "]/", "http://" + outsideAt + ":8081/", "http://www.example.org/"} {
+		w.gateway.curlAs(t, in, to).fetched(t, wanAt, wanAt6)
+	}
+	if n := flows(); n != before {
+		t.Errorf("%v flows of the unit came to the daemon", n-before)
+	}
+	for _, to := range []string{"http://" + outsideAt + "/", "http://www.example.org/"} {
+		w.gateway.curl(t, to).fetched(t, socks1Out, socks1Out6)
+		w.client.curl(t, to).fetched(t, socks1Out, socks1Out6)
+	}
+	w.gateway.curl(t, "http://"+outsideAt+":8081/").refused(t)
+}
