@@ -116,7 +116,8 @@ func (e *env) printRules(t *routes.Table) {
 		fmt.Fprintf(e.stdout, "implicit  kernel       %s\n", i)
 	}
 	inKernel := map[*routes.Rule]bool{}
-	for _, b := range t.Kernel() {
+	blocks := t.Kernel()
+	for _, b := range blocks {
 		for _, r := range b.Rules {
 			inKernel[r] = true
 		}
@@ -131,6 +132,9 @@ func (e *env) printRules(t *routes.Table) {
 			where = "UDP: kernel"
 		}
 		fmt.Fprintf(e.stdout, "%-9s %s  %s\n", r.Position(), where, r.Text)
+	}
+	for n, b := range blocks {
+		fmt.Fprintf(e.stdout, "block %-3d kernel       %s\n", n, &b)
 	}
 }
 

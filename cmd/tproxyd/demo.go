@@ -133,7 +133,7 @@ func demo(ctx context.Context, out io.Writer) error {
 		say("client asks   A %s of the resolver 203.0.113.53 (which does not exist)", name)
 		say("answer        %s, a synthetic address", addr)
 		f := flow.Flow{Name: name, Dst: netip.AddrPortFrom(netip.Addr{}, 80), Src: netip.MustParseAddrPort("192.0.2.2:0"), InIf: "lan0"}
-		x := explain(setup, f)
+		x := setup.Table.Explain(f, surroundings(setup))
 		say("rule          %s", strings.TrimPrefix(x.Rule, dir+"/"))
 		page, err := lab.fetch(ctx, name, addr)
 		switch {

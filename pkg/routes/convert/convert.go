@@ -211,7 +211,7 @@ func (b *builder) result() *Result {
 	}
 	b.unbalance()
 	for {
-		_, diags := routes.Parse("output", bytes.NewReader(b.text()), routes.Options{Open: emptyFile})
+		_, diags := routes.Parse("output", bytes.NewReader(b.text()), elsewhere())
 		if !diags.HasErrors() {
 			for _, d := range diags {
 				b.note(b.out[d.Line-1].line, "%s: %s", b.out[d.Line-1].text, d.Msg)
@@ -329,6 +329,12 @@ func (b *builder) text() []byte {
 		t.WriteString("\n")
 	}
 	return t.Bytes()
+}
+
+// elsewhere reads rules as on a host of which nothing is known: it has every user.
+func elsewhere() routes.Options {
+	anybody := func(string) (uint32, bool) { return 0, true }
+	return routes.Options{Open: emptyFile, User: anybody, Group: anybody}
 }
 
 // emptyFile stands for the files that rules name, such as those of users: they

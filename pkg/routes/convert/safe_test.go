@@ -80,6 +80,23 @@ func TestRefusedPassesNothing(t *testing.T) {
 	}
 }
 
+// TestUsers: users are kept by name, whoever this host has.
+func TestUsers(t *testing.T) {
+	for format, in := range map[Format]string{
+		Hummingbird: "SOCKD5 @=192.0.2.1 *=no-such-user,bin 0.0.0.0 0.0.0.0", CSTC: "sockd @=192.0.2.1 *=no-such-user,bin 0.0.0.0 0.0.0.0",
+		NEC: "socks5 - - - no-such-user,bin 192.0.2.1",
+	} {
+		r, err := Convert(format, strings.NewReader(in))
+		if err != nil || r.Refused() || !strings.Contains(string(r.Rules), "@=192.0.2.1 *=no-such-user,bin ") {
+			t.Errorf("%s: %v\n%v", format, err, r)
+			continue
+		}
+		if all := fmt.Sprint(r.Report); strings.Contains(all, "this host has no") || !strings.Contains(all, "never matches forwarded traffic") {
+			t.Errorf("%s: %s", format, all)
+		}
+	}
+}
+
 // TestRedsocksOnOneLine: any number of settings stand on a line.
 func TestRedsocksOnOneLine(t *testing.T) {
 	r, err := Convert(Redsocks, strings.NewReader("base { daemon = on; }\nredsocks { ip = 192.0.2.1; port = 1080; type = socks4; } redudp {\nip = 192.0.2.2; port = 1080 }"))
