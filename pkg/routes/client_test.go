@@ -1,6 +1,8 @@
 package routes
 
 import (
+	"io"
+	"strings"
 	"testing"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -85,6 +87,28 @@ func TestNamesByClient(t *testing.T) {
 		}
 		if !table.UsesWho() || !table.DependsOnClient() {
 			t.Errorf("%q: it does not say that it asks who the client is", rules)
+		}
+	}
+}
+
+// TestNobodyIsNotAnybody: a rule for the users of a file in which there is none
+// is about none, and not about all.
+func TestNobodyIsNotAnybody(t *testing.T) {
+	empty := func(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("# none yet\n\n")), nil }
+	for _, asked := range []string{"*=/users", "uid=/users", "gid=/groups"} {
+		rule := "DIRECT * " + asked
+		if asked[0] == '*' {
+			rule = "DIRECT " + asked + " *"
+		}
+		table, diags := Parse("socks.cnf", strings.NewReader(rule), Options{Open: empty})
+		if table == nil || !strings.Contains(diags.Error(), "W08") {
+			t.Fatalf("%s: %v", rule, diags)
+		}
+		for _, owner := range []flow.Owner{{}, {Known: true}, {Known: true, UID: 1000, GID: 1000}} {
+			f := to(t, "203.0.113.1:80")
+			if f.Owner = owner; table.Match(f).Action == Direct {
+				t.Errorf("%s: it is about %+v", rule, owner)
+			}
 		}
 	}
 }

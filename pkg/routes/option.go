@@ -148,6 +148,10 @@ func (l *line) ids(t token, value, what string, lookup func(string) (uint32, boo
 			one(word)
 		}
 	}
+	if len(list) == 0 { // of files alone, which are empty: nobody, and not anybody
+		l.warnf(t, "W08", "%q names no %s: the rule does not match, until it does and the rules are read again", t.text, what)
+		list = append(list, nobody)
+	}
 	slices.Sort(list)
 	list = slices.Compact(list)
 	binary.Write(l.reader.sum, binary.NativeEndian, list) // what a name means is part of what was read

@@ -334,12 +334,12 @@ func (b *builder) text() []byte {
 // elsewhere reads rules as on a host of which nothing is known: it has every user.
 func elsewhere() routes.Options {
 	anybody := func(string) (uint32, bool) { return 0, true }
-	return routes.Options{Open: emptyFile, User: anybody, Group: anybody}
+	return routes.Options{Open: anyFile, User: anybody, Group: anybody}
 }
 
-// emptyFile stands for the files that rules name, such as those of users: they
-// are of the host that the rules are for, and are read there.
-func emptyFile(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("")), nil }
+// anyFile stands for the files that rules name, such as those of users: they
+// are of the host that the rules are for, and are read there. It has one user.
+func anyFile(string) (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("0")), nil }
 
 // unsafe tells why a line would not be read as the one statement that it was
 // written as; empty: it would.
