@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -109,6 +111,8 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 
+	inDashboard(t, text)
+
 	// Status says the same, by rule with its position.
 	var status struct {
 		Rules []struct {
@@ -137,6 +141,62 @@ func TestMetrics(t *testing.T) {
 	}
 	if n := d.metric(t, `tproxyd_reloads_total{result="done"}`); n != 0 {
 		t.Errorf("the network could reload: %v", n)
+	}
+}
+
+// inDashboard: deploy/grafana.json asks for metrics that there are, with labels that
+// they have, in PromQL.
+func inDashboard(t *testing.T, metrics string) {
+	t.Helper()
+	b, err := os.ReadFile("../../deploy/grafana.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var board struct {
+		Panels []struct {
+			ID      int
+			Title   string
+			Targets []struct{ Expr string }
+		}
+	}
+	if err := json.Unmarshal(b, &board); err != nil {
+		t.Fatal(err)
+	}
+	name, by := regexp.MustCompile(`tproxyd_[a-z_]+`), regexp.MustCompile(`by \(([a-z, ]+)\)`)
+	asked, ids := 0, map[int]bool{}
+	rules := "groups:\n- name: board\n  rules:\n"
+	for _, p := range board.Panels {
+		if ids[p.ID] {
+			t.Errorf("two panels have the number %d", p.ID)
+		}
+		ids[p.ID] = true
+		for _, q := range p.Targets {
+			asked++
+			for _, m := range name.FindAllString(q.Expr, -1) {
+				if !strings.Contains(metrics, "\n"+m+"{") && !strings.Contains(metrics, "\n"+m+" ") {
+					t.Errorf("%s: there is no metric %s", p.Title, m)
+				}
+			}
+			for _, m := range by.FindAllStringSubmatch(q.Expr, -1) {
+				for _, label := range strings.Split(m[1], ", ") {
+					if !strings.Contains(metrics, label+"=\"") {
+						t.Errorf("%s: no metric has a label %s", p.Title, label)
+					}
+				}
+			}
+			expr := strings.NewReplacer("$__rate_interval", "5m", "$instance", ".*").Replace(q.Expr)
+			rules += fmt.Sprintf("  - record: panel:%d:%d\n    expr: %q\n", p.ID, asked, expr)
+		}
+	}
+	if asked < 20 {
+		t.Errorf("the dashboard asks only %d questions", asked)
+	}
+	path := filepath.Join(t.TempDir(), "rules.yaml")
+	if err := os.WriteFile(path, []byte(rules), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(tool(t, "promtool"), "check", "rules", path).CombinedOutput(); err != nil {
+		t.Errorf("promtool does not understand the dashboard: %v\n%s", err, out)
 	}
 }
 
