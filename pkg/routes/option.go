@@ -149,7 +149,9 @@ func (l *line) ids(t token, value, what string, lookup func(string) (uint32, boo
 		}
 	}
 	if len(list) == 0 { // of files alone, which are empty: nobody, and not anybody
-		l.warnf(t, "W08", "%q names no %s: the rule does not match, until it does and the rules are read again", t.text, what)
+		if !l.diags.wrong[l.diags.current] {
+			l.warnf(t, "W08", "%q names no %s: the rule does not match, until it does and the rules are read again", t.text, what)
+		}
 		list = append(list, nobody)
 	}
 	slices.Sort(list)
