@@ -72,9 +72,12 @@ func (b *builder) danteRoutes(list []danteRoute) {
 	var rules []*danteRule
 	byMatch := map[string]*danteRule{}
 	var passes [][]*danteRoute
-	// If no route is of one version alone, the passes of versions 4 and 5 find
-	// the same ones, and one is enough.
-	both := !slices.ContainsFunc(list, func(r danteRoute) bool { return r.speaks(passV4) != r.speaks(passV5) })
+	for i := range list {
+		if r := &list[i]; !slices.ContainsFunc([]pass{passDirect, passV4, passV5, passHTTP}, r.speaks) {
+			b.dismiss(r.source, "no flow takes the route: version 4 has no user name and password")
+		}
+	}
+	both := oneSocksPass(list)
 	for p := range passHTTP + 1 {
 		var in []*danteRoute
 		for i := range list {
@@ -126,6 +129,21 @@ func (b *builder) danteRoutes(list []danteRoute) {
 	}
 }
 
+// oneSocksPass tells whether the passes of versions 4 and 5, one after the other,
+// find what a single one would in the order of the file: no route is of version 4
+// alone, and none of version 5 alone stands in front of one that has both.
+func oneSocksPass(list []danteRoute) bool {
+	only5 := false
+	for _, r := range list {
+		v4, v5 := r.speaks(passV4), r.speaks(passV5)
+		if v4 && (!v5 || only5) {
+			return false
+		}
+		only5 = only5 || v5 && !v4
+	}
+	return true
+}
+
 // speaks tells whether a pass looks at the route.
 func (r *danteRoute) speaks(p pass) bool {
 	if r.via.word == "direct" {
@@ -135,7 +153,9 @@ func (r *danteRoute) speaks(p pass) bool {
 	if len(list) == 0 {
 		list = []string{"socks_v4", "socks_v5"}
 	}
-	return p == passV4 && slices.Contains(list, "socks_v4") || p == passV5 && slices.Contains(list, "socks_v5") ||
+	methods := slices.Concat(r.options["method"], r.options["socksmethod"])
+	plain := len(methods) == 0 || slices.Contains(methods, "none") // version 4 has no other
+	return p == passV4 && plain && slices.Contains(list, "socks_v4") || p == passV5 && slices.Contains(list, "socks_v5") ||
 		p == passHTTP && (slices.Contains(list, "http") || slices.Contains(list, "http_v1.0")) ||
 		p == passV5 && slices.Contains(list, "upnp") // it is refused there
 }
