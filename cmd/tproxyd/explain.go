@@ -90,7 +90,7 @@ func parseFlow(dest, proto string) (f flow.Flow, err error) {
 	}
 	f.Name = strings.ToLower(strings.TrimSuffix(host, "."))
 	f.Dst = netip.AddrPortFrom(netip.Addr{}, uint16(port))
-	if f.Name == "" || strings.ContainsAny(f.Name, " /*") {
+	if f.Name == "" || strings.ContainsAny(f.Name, "/*") || strings.ContainsFunc(f.Name, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
 		return f, errors.New("the destination has no name or address")
 	}
 	return f, nil

@@ -66,7 +66,7 @@ func (b *Block) String() string {
 		asks = append(asks, [...]string{OnlyTCP: "proto=tcp", OnlyUDP: "proto=udp"}[b.Network])
 	}
 	if len(b.Ports) > 0 {
-		asks = append(asks, joined(b.Ports, PortRange.String))
+		asks = append(asks, "port "+joined(b.Ports, PortRange.String))
 	}
 	asks = append(asks, b.Client.words()...)
 	if asks == nil {
