@@ -53,7 +53,7 @@ func StateOf(f *os.File) (State, error) {
 func state(info os.FileInfo) (s State) {
 	s.size, s.mod = info.Size(), info.ModTime()
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		s.dev, s.ino, s.changed = st.Dev, st.Ino, st.Ctim
+		s.dev, s.ino, s.changed = uint64(st.Dev), uint64(st.Ino), st.Ctim // 32 bits on MIPS
 	}
 	return s
 }
