@@ -126,10 +126,9 @@ behind it are not touched.`),
 		Args:          cobra.NoArgs,
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		serveCommand(e), checkCommand(e), explainCommand(e), convertCommand(e), reloadCommand(e), statusCommand(e), flowsCommand(e), doctorCommand(e),
-		closeCommand(e), runCommand(e), attachCommand(e), cleanupCommand(e), demoCommand(e), versionCommand(e),
+		closeCommand(e), runCommand(e), attachCommand(e), cleanupCommand(e), demoCommand(e), completionCommand(e), versionCommand(e),
 	)
 	return root
 }

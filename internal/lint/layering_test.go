@@ -47,6 +47,7 @@ var rooms = map[string]room{
 	"examples/gotest": {},
 	"bench":           {own: []string{"internal/netns"}, libs: []string{"github.com/google/nftables", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"}},
 	"internal/lint":   {},
+	"test/deploy":     {},
 	"test/netns":      {own: []string{"internal", "pkg"}, libs: []string{"github.com/coder/websocket", "github.com/miekg/dns", "github.com/google/go-cmp", "github.com/quic-go/quic-go", "golang.org/x/sys"}},
 }
 
