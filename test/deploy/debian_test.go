@@ -45,6 +45,7 @@ func (d *debian) do(name string, args ...string) string {
 	d.t.Helper()
 	c := exec.Command("nsenter", append([]string{"--net=/proc/" + strconv.Itoa(d.ns.Process.Pid) + "/ns/net", "unshare", "--mount", "sh", "-c",
 		`mount -t proc proc "$0/proc" && exec chroot "$0" "$@"`, d.dir, name}, args...)...)
+	c.Dir = "/" // sh says so where its own is not in the chroot
 	c.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"}
 	out, err := c.CombinedOutput()
 	if err != nil {
@@ -92,7 +93,7 @@ func (d *debian) table() bool {
 // files lists what is in it, without what dpkg and ldconfig keep for themselves.
 func (d *debian) files() []string {
 	d.t.Helper()
-	return lines(d.t, "find", d.dir, "-xdev", "(", "-path", "*/var/lib/dpkg", "-o", "-path", "*/var/log", "-o", "-path", "*/tmp", ")", "-prune", "-o", "-printf", "/%P\n")
+	return lines(d.t, "find", d.dir, "-xdev", "(", "-path", "*/var/lib/dpkg", "-o", "-path", "*/var/log", "-o", "-path", d.dir+"/run", "-o", "-path", "*/tmp", ")", "-prune", "-o", "-printf", "/%P\n")
 }
 
 // TestDebian: the package is installed in a fresh Debian, upgraded, removed and
