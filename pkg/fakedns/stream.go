@@ -84,8 +84,16 @@ func (s *Server) serveStream(ctx context.Context, st *Stream) (open bool) {
 	}
 	client := addrPort(c.RemoteAddr())
 	a := Asker{Addr: client.Addr(), Port: client.Port(), Network: flow.TCP, Server: addrPort(c.LocalAddr()), IfIndex: st.IfIndex}
-	stop := context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		c.SetReadDeadline(time.Unix(1, 0))
+		close(interrupted)
+	})
+	defer func() {
+		if !stop() {
+			<-interrupted // it must not end what serves the connection next
+		}
+	}()
 	for {
 		c.SetDeadline(time.Now().Add(tcpIdle))
 		if ctx.Err() != nil {

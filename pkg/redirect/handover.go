@@ -161,69 +161,88 @@ func (l *Listener) Files() (files []*os.File, err error) {
 }
 
 // TakeTCP makes a Listener of what Files of another one returned, be it in
-// another process. The files stay the caller's.
-func TakeTCP(files []*os.File) (*Listener, error) {
-	if len(files) < 1 || len(files) > 2 {
-		return nil, fmt.Errorf("redirect: %d descriptors are no pair of listeners", len(files))
-	}
+// another process, in any order. The files stay the caller's.
+func TakeTCP(m Marks, files []*os.File) (*Listener, error) {
 	l := &Listener{}
 	for _, f := range files {
-		ln, err := net.FileListener(f)
-		tcp, ok := ln.(*net.TCPListener)
-		if err == nil && !ok {
+		ln, err := takeTCP(m, f)
+		if err == nil {
+			at := &l.V4
+			if ln.Addr().(*net.TCPAddr).AddrPort().Addr().Is6() {
+				at = &l.V6
+			}
+			if *at == nil {
+				*at = ln
+				continue
+			}
 			ln.Close()
-			err = errors.New("it is no TCP listener")
+			err = errors.New("there are two of one family")
 		}
-		if err != nil {
-			l.Close()
-			return nil, fmt.Errorf("redirect: a listener that was handed over: %w", err)
-		}
-		if l.V4 == nil {
-			l.V4 = tcp
-		} else {
-			l.V6 = tcp
-		}
+		l.Close()
+		return nil, fmt.Errorf("redirect: a listener that was handed over: %w", err)
+	}
+	if l.V4 == nil || l.V6 != nil && l.V6.Addr().(*net.TCPAddr).Port != int(l.Port()) {
+		l.Close()
+		return nil, errors.New("redirect: the listeners that were handed over are no pair")
 	}
 	return l, nil
 }
 
-// Files returns descriptors of their own for the sockets, those of one shard
-// behind those of the one before, IPv4 first, and how many a shard has; for
-// TakeUDP. The caller closes them.
-func (u *UDPListener) Files() (files []*os.File, each int, err error) {
+func takeTCP(m Marks, f *os.File) (*net.TCPListener, error) {
+	ln, err := net.FileListener(f)
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := ln.(*net.TCPListener)
+	if !ok {
+		ln.Close()
+		return nil, errors.New("it is no TCP listener")
+	}
+	raw, err := tcp.SyscallConn()
+	if err == nil {
+		network := "tcp4"
+		if tcp.Addr().(*net.TCPAddr).AddrPort().Addr().Is6() {
+			network = "tcp6"
+		}
+		err = control(raw, network, m, transparentTCP)
+	}
+	if err != nil {
+		tcp.Close()
+		return nil, err
+	}
+	return tcp, nil
+}
+
+// Files returns descriptors of their own for the sockets, for TakeUDP. The caller
+// closes them.
+func (u *UDPListener) Files() (files []*os.File, err error) {
 	for _, s := range u.shards {
-		each = len(s)
 		for _, c := range s {
 			f, err := c.(*packetConn).file()
 			if err != nil {
-				return closeFiles(files), 0, err
+				return closeFiles(files), err
 			}
 			files = append(files, f)
 		}
 	}
-	return files, each, nil
+	return files, nil
 }
 
 // TakeUDP makes a UDPListener of what Files of another one returned, be it in
-// another process. The files stay the caller's.
-func TakeUDP(m Marks, files []*os.File, each int) (*UDPListener, error) {
-	if each < 1 || each > 2 || len(files) == 0 || len(files)%each != 0 {
-		return nil, fmt.Errorf("redirect: %d descriptors are no shards of %d sockets", len(files), each)
+// another process, in any order. The files stay the caller's.
+func TakeUDP(m Marks, files []*os.File) (*UDPListener, error) {
+	v4, v6, port, err := takeSockets(m, files)
+	if err != nil {
+		return nil, err
 	}
-	u := &UDPListener{}
-	for ; len(files) > 0; files = files[each:] {
-		pair, port, err := takePair(m, files[:each])
-		if err != nil {
-			u.Close()
-			return nil, err
+	u := &UDPListener{port: port}
+	for i, c := range v4 {
+		u.shards = append(u.shards, []flow.PacketSource{c})
+		c.rush = true
+		if len(v6) > 0 {
+			u.shards[i] = append(u.shards[i], v6[i])
+			v6[i].rush = true
 		}
-		u.port = port
-		sources := []flow.PacketSource{}
-		for _, c := range pair {
-			c.rush = true
-			sources = append(sources, c)
-		}
-		u.shards = append(u.shards, sources)
 	}
 	return u, nil
 }
@@ -257,41 +276,59 @@ func (d *DNS) Files() (udp, tcp []*os.File, err error) {
 }
 
 // TakeDNS makes a DNS of what Files of another one returned, be it in another
-// process. The files stay the caller's.
+// process, in any order. The files stay the caller's.
 func TakeDNS(m Marks, udp, tcp []*os.File) (*DNS, error) {
-	l, err := TakeTCP(tcp)
+	l, err := TakeTCP(m, tcp)
 	if err != nil {
 		return nil, err
 	}
-	pair, port, err := takePair(m, udp)
+	v4, v6, port, err := takeSockets(m, udp)
+	if err == nil && len(v4) != 1 {
+		closePackets(append(v4, v6...))
+		err = fmt.Errorf("redirect: %d sockets of each family for DNS were handed over", len(v4))
+	}
 	if err != nil {
 		l.Close()
 		return nil, err
 	}
 	d := &DNS{TCP: l, port: port}
-	for _, c := range pair {
+	for _, c := range append(v4, v6...) {
 		d.UDP = append(d.UDP, c)
 	}
 	return d, nil
 }
 
-// takePair makes packetConns of sockets of one port.
-func takePair(m Marks, files []*os.File) (pair []*packetConn, port uint16, err error) {
+// takeSockets makes packetConns of sockets of one port: as many of IPv6 as of
+// IPv4, or none.
+func takeSockets(m Marks, files []*os.File) (v4, v6 []*packetConn, port uint16, err error) {
 	for _, f := range files {
 		c, p, err := takeUDP(m, f)
 		if err == nil && port != 0 && p != port {
 			c.Close()
-			err = fmt.Errorf("redirect: sockets of the ports %d and %d are no pair", port, p)
+			err = fmt.Errorf("redirect: sockets of the ports %d and %d were handed over as one", port, p)
 		}
 		if err != nil {
-			for _, c := range pair {
-				c.Close()
-			}
-			return nil, 0, err
+			closePackets(append(v4, v6...))
+			return nil, nil, 0, err
 		}
-		pair, port = append(pair, c), p
+		port = p
+		if c.v6 {
+			v6 = append(v6, c)
+		} else {
+			v4 = append(v4, c)
+		}
 	}
-	return pair, port, nil
+	if len(v4) == 0 || len(v6) != 0 && len(v6) != len(v4) {
+		closePackets(append(v4, v6...))
+		return nil, nil, 0, fmt.Errorf("redirect: %d sockets of IPv4 and %d of IPv6 were handed over", len(v4), len(v6))
+	}
+	return v4, v6, port, nil
+}
+
+func closePackets(list []*packetConn) {
+	for _, c := range list {
+		c.Close()
+	}
 }
 
 func takeUDP(m Marks, f *os.File) (*packetConn, uint16, error) {
@@ -307,6 +344,10 @@ func takeUDP(m Marks, f *os.File) (*packetConn, uint16, error) {
 	if err != nil || kerr != nil || !v4 && !v6 || kind != unix.SOCK_DGRAM {
 		s.close()
 		return nil, 0, errors.New("redirect: what was handed over is no UDP socket")
+	}
+	if err := transparentUDP(fd, v6, m); err != nil {
+		s.close()
+		return nil, 0, fmt.Errorf("redirect: %w", err)
 	}
 	port, err := s.localPort()
 	if err != nil {

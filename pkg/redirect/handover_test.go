@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 )
@@ -70,17 +71,26 @@ func TestLend(t *testing.T) {
 		}
 	})
 
-	files, each, err := udp.Files()
+	files, err := udp.Files()
 	must(err)
 	defer closeFiles(files)
 	var taken *UDPListener
-	n.do(func() { taken, err = TakeUDP(marks, files, each) })
+	n.do(func() { taken, err = TakeUDP(marks, []*os.File{files[3], files[0], files[2], files[1]}) })
 	must(err)
 	defer taken.Close()
 	if taken.Port() != udp.Port() || len(taken.Shards()) != 2 {
 		t.Errorf("port %d of %d shards, was %d", taken.Port(), len(taken.Shards()), udp.Port())
 	}
-	if _, err := TakeTCP(files[:2]); err == nil {
+	for _, part := range [][]*os.File{nil, files[:1], files[:3], {files[0], files[2]}} {
+		u, err := TakeUDP(marks, part)
+		if v6 := len(files) == 4; err == nil && v6 && len(part) == 3 || err != nil && len(part) == 1 || err == nil && part == nil {
+			t.Errorf("%d sockets: %v", len(part), err)
+		}
+		if err == nil {
+			u.Close()
+		}
+	}
+	if _, err := TakeTCP(marks, files[:2]); err == nil {
 		t.Error("UDP sockets were taken for listeners")
 	}
 	must(next.Close(true))

@@ -134,12 +134,18 @@ func (r *Redirect) Heal(ctx context.Context, onEvent func(what string)) error {
 			return fmt.Errorf("redirect: monitor: %w", err)
 		}
 	}
+	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
 		past := time.Unix(1, 0)
 		r.monitor.nft.SetReadDeadline(past)
 		r.monitor.route.SetReadDeadline(past)
 	})
-	defer stop()
+	defer func() {
+		if !stop() {
+			<-interrupted // it must not end the next Heal
+		}
+	}()
 	g.Go(func() error { return r.listen(ctx, r.monitor.nft, r.monitor.nftEvent, onEvent) })
 	g.Go(func() error { return r.listen(ctx, r.monitor.route, r.monitor.routeEvent, onEvent) })
 	g.Go(func() error { return r.followCgroups(ctx, onEvent) })
