@@ -75,6 +75,7 @@ type Daemon struct {
 	reloads   reloadCount
 	takenOver bool // another process serves
 	inherited bool // and this one does not yet: what it has is that one's too
+	stored    bool // systemd keeps the sockets while the service restarts
 }
 
 type reloadCount struct {
@@ -84,7 +85,15 @@ type reloadCount struct {
 
 // New brings up everything of setup but the serving itself: what can fail
 // fails here, and then nothing is left behind that was not there before.
-func New(setup *Setup, log *slog.Logger) (*Daemon, error) { return inherit(setup, log, nil) }
+// Sockets that systemd has kept are used again.
+func New(setup *Setup, log *slog.Logger) (*Daemon, error) {
+	var e *estate
+	if setup.enclosure == nil {
+		e = passed()
+		defer e.close()
+	}
+	return inherit(setup, log, e)
+}
 
 // inherit is New with what another process had. The estate stays the caller's;
 // nil: nobody had anything.
@@ -270,6 +279,7 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 		s.Ready("tproxyd: ready: " + line)
 	}
 	notifyReady(line)
+	d.store()
 	if err := g.Wait(); !errors.Is(err, errDrained) {
 		return err
 	}
@@ -347,6 +357,9 @@ func (d *Daemon) stop() {
 		notifyStopping()
 	}
 	d.log.Info("stopping")
+	if d.stored && d.setup.Config.Intercept.Fail == config.FailClosed {
+		d.kernel.Release() // flows wait in the sockets as long as systemd has them
+	}
 	d.release(d.setup.Config.Intercept.Fail == config.FailClosed)
 }
 

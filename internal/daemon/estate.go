@@ -86,7 +86,6 @@ type estate struct {
 	Pid     int
 	Rules   string   // decidedBy
 	Names   []string // of the descriptors, one for each
-	Each    int      // sockets of a shard
 	Metrics string   // address of that listener
 	Clash   string   // likewise
 
@@ -171,27 +170,31 @@ func (e *estate) hold() *redirect.Hold {
 	return &redirect.Hold{Socket: e.one(fileKernel), Lock: e.one(fileLock), Alive: e.Alive}
 }
 
-// The sockets, inherited or new.
+// The sockets, inherited or new. Those that systemd has kept are of an earlier
+// process, and if they are of no use new ones are.
 
 func (e *estate) tcp(m redirect.Marks) (*redirect.Listener, error) {
-	if files := e.of(fileTCP); files != nil {
-		return redirect.TakeTCP(files)
-	}
-	return redirect.ListenTCP(m)
+	return either(e, fileTCP, func(files []*os.File) (*redirect.Listener, error) { return redirect.TakeTCP(m, files) },
+		func() (*redirect.Listener, error) { return redirect.ListenTCP(m) })
 }
 
 func (e *estate) udp(m redirect.Marks) (*redirect.UDPListener, error) {
-	if files := e.of(fileUDP); files != nil {
-		return redirect.TakeUDP(m, files, e.Each)
-	}
-	return redirect.ListenUDP(m, runtime.GOMAXPROCS(0))
+	return either(e, fileUDP, func(files []*os.File) (*redirect.UDPListener, error) { return redirect.TakeUDP(m, files) },
+		func() (*redirect.UDPListener, error) { return redirect.ListenUDP(m, runtime.GOMAXPROCS(0)) })
 }
 
 func (e *estate) dns(m redirect.Marks) (*redirect.DNS, error) {
-	if files := e.of(fileDNSUDP); files != nil {
-		return redirect.TakeDNS(m, files, e.of(fileDNSTCP))
+	return either(e, fileDNSUDP, func(files []*os.File) (*redirect.DNS, error) { return redirect.TakeDNS(m, files, e.of(fileDNSTCP)) },
+		func() (*redirect.DNS, error) { return redirect.ListenDNS(m) })
+}
+
+func either[T any](e *estate, name string, take func([]*os.File) (T, error), listen func() (T, error)) (T, error) {
+	if files := e.of(name); files != nil {
+		if t, err := take(files); err == nil || e.hold() != nil {
+			return t, err
+		}
 	}
-	return redirect.ListenDNS(m)
+	return listen()
 }
 
 func (e *estate) control(path string) (net.Listener, error) {

@@ -75,7 +75,7 @@ func (d *Daemon) handOver(ctx context.Context, c *call, taking *part) (gone bool
 	if err != nil {
 		c.end(err)
 		d.log.Error("a process has not taken over, this one goes on", "pid", c.pid, "err", err, "dur", time.Since(began).Round(time.Millisecond))
-		return false, d.goOn(left)
+		return false, d.goOn(e, left)
 	}
 	d.kernel.Release()
 	d.names.Release()
@@ -93,8 +93,6 @@ func (d *Daemon) handOver(ctx context.Context, c *call, taking *part) (gone bool
 // remains is what the daemon needs to go on where it stopped.
 type remains struct {
 	unanswered
-	udp, tcp []*os.File // of DNS
-
 	stopped, lent, held bool // taking flows, the kernel, the names
 }
 
@@ -102,24 +100,8 @@ type remains struct {
 // carried goes on. Also with an error goOn is to be called, if it is not the end.
 func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
 	e, r = &estate{Version: takeoverVersion, Pid: os.Getpid(), Rules: d.setup.decidedBy(), Notify: os.Getenv("NOTIFY_SOCKET")}, &remains{}
-	tcp, err := d.flows.Files()
-	e.add(fileTCP, tcp...)
-	if err != nil {
+	if err := d.addSockets(e); err != nil {
 		return e, r, err
-	}
-	udp, each, err := d.udp.Files()
-	e.add(fileUDP, udp...)
-	e.Each = each
-	if err != nil {
-		return e, r, err
-	}
-	if d.dns != nil {
-		r.udp, r.tcp, err = d.dns.Files()
-		e.add(fileDNSUDP, r.udp...)
-		e.add(fileDNSTCP, r.tcp...)
-		if err != nil {
-			return e, r, err
-		}
 	}
 	for _, l := range []struct {
 		name string
@@ -171,6 +153,24 @@ func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
 	return e, r, nil
 }
 
+// addSockets adds those that flows and questions come to.
+func (d *Daemon) addSockets(e *estate) error {
+	tcp, err := d.flows.Files()
+	e.add(fileTCP, tcp...)
+	if err != nil {
+		return err
+	}
+	udp, err := d.udp.Files()
+	e.add(fileUDP, udp...)
+	if err != nil || d.dns == nil {
+		return err
+	}
+	udp, tcp, err = d.dns.Files()
+	e.add(fileDNSUDP, udp...)
+	e.add(fileDNSTCP, tcp...)
+	return err
+}
+
 // pass gives the estate to the successor and returns when that serves.
 func (d *Daemon) pass(ctx context.Context, c *call, e *estate) error {
 	stop := context.AfterFunc(ctx, func() { c.Close() })
@@ -202,8 +202,8 @@ func (c *call) end(err error) {
 	c.Close()
 }
 
-// goOn takes everything back, for take.
-func (d *Daemon) goOn(r *remains) (err error) {
+// goOn takes everything back that is in the estate, for take.
+func (d *Daemon) goOn(e *estate, r *remains) (err error) {
 	if r.lent {
 		if err := d.kernel.TakeBack(); err != nil {
 			d.log.Error("the kernel's table", "err", err) // it stays closed, and heals
@@ -214,7 +214,7 @@ func (d *Daemon) goOn(r *remains) (err error) {
 	}
 	d.noteDecided(d.setup)
 	if r.stopped && d.dns != nil {
-		d.dns, err = redirect.TakeDNS(d.mark, r.udp, r.tcp)
+		d.dns, err = redirect.TakeDNS(d.mark, e.of(fileDNSUDP), e.of(fileDNSTCP))
 	}
 	d.unanswered = r.unanswered
 	return err

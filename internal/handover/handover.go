@@ -23,7 +23,7 @@ const (
 	MaxBlob  = 512 << 20 // bytes behind it
 	MaxFiles = 4096
 
-	atOnce = 200 // descriptors in one call; the kernel takes 253 (SCM_MAX_FD)
+	AtOnce = 200 // descriptors in one call; the kernel takes 253 (SCM_MAX_FD)
 )
 
 // A message on the wire: three numbers of four bytes (little-endian) that say
@@ -90,7 +90,7 @@ func (c *Conn) Send(m Message) error {
 		return fmt.Errorf("handover: %w", err)
 	}
 	for files := m.Files; len(files) > 0; {
-		n := min(len(files), atOnce)
+		n := min(len(files), AtOnce)
 		if err := c.sendFiles(files[:n]); err != nil {
 			return fmt.Errorf("handover: %w", err)
 		}
@@ -108,6 +108,16 @@ func (c *Conn) Send(m Message) error {
 }
 
 func (c *Conn) sendFiles(files []*os.File) error {
+	rights, err := Rights(files)
+	if err == nil {
+		_, _, err = c.c.WriteMsgUnix([]byte{'f'}, rights, nil)
+	}
+	return err
+}
+
+// Rights returns the control message (SCM_RIGHTS) that passes files; AtOnce of
+// them at most.
+func Rights(files []*os.File) ([]byte, error) {
 	fds := make([]int, len(files))
 	for i, f := range files {
 		// Not Fd, which makes the open file blocking, for everybody who has it.
@@ -116,11 +126,10 @@ func (c *Conn) sendFiles(files []*os.File) error {
 			err = raw.Control(func(fd uintptr) { fds[i] = int(fd) })
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
-	_, _, err := c.c.WriteMsgUnix([]byte{'f'}, unix.UnixRights(fds...), nil)
-	return err
+	return unix.UnixRights(fds...), nil
 }
 
 // Receive receives a message into body, which may be nil. The files are the
@@ -147,7 +156,7 @@ func (c *Conn) Receive(body any) (m Message, err error) {
 	for len(m.Files) < files {
 		got, err := c.receiveFiles()
 		m.Files = append(m.Files, got...)
-		if err == nil && len(got) != min(files-len(m.Files)+len(got), atOnce) {
+		if err == nil && len(got) != min(files-len(m.Files)+len(got), AtOnce) {
 			err = fmt.Errorf("%d descriptors came, of %d: is RLIMIT_NOFILE reached?", len(m.Files), files)
 		}
 		if err != nil {
@@ -173,7 +182,7 @@ func (c *Conn) Receive(body any) (m Message, err error) {
 
 // receiveFiles receives the descriptors of one call.
 func (c *Conn) receiveFiles() (files []*os.File, err error) {
-	b, oob := make([]byte, 1), make([]byte, unix.CmsgSpace(4*atOnce))
+	b, oob := make([]byte, 1), make([]byte, unix.CmsgSpace(4*AtOnce))
 	n, oobn, _, _, err := c.c.ReadMsgUnix(b, oob) // closed on exec: the runtime asks for that
 	if err != nil {
 		return nil, err

@@ -57,7 +57,7 @@ func TestMessages(t *testing.T) {
 	a, b := pair(t)
 	type body struct{ Text string }
 	blob := bytes.Repeat([]byte("blob"), 1<<20)
-	for _, n := range []int{0, 1, atOnce, atOnce + 1, 3*atOnce - 1} {
+	for _, n := range []int{0, 1, AtOnce, AtOnce + 1, 3*AtOnce - 1} {
 		sent := make(chan error, 1)
 		go func() {
 			err := a.Send(Message{Body: body{fmt.Sprint(n)}, Blob: blob, Files: files(t, n)})

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ type command struct {
 	env   []string      // added to the environment
 	limit time.Duration // 0: 30 s
 	alone bool          // in a PID namespace: what it forks ends with it
+	files []*os.File    // its descriptors from 3 on
 }
 
 // result is what a program left when it ended.
@@ -81,6 +83,7 @@ func (h *host) start(t testing.TB, c command) *process {
 	p.cmd = exec.Command(args[0], args[1:]...)
 	p.cmd.Env = append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + h.dir, "LC_ALL=C"}, c.env...)
 	p.cmd.Dir = h.dir
+	p.cmd.ExtraFiles = c.files
 	p.cmd.Stdin = strings.NewReader(c.stdin)
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.err
 	p.cmd.WaitDelay = time.Second
