@@ -129,6 +129,29 @@ SOCKD5 @=one,two *
 	}
 }
 
+// TestClashTakeover: a new process has the address, and a stream of the old one
+// ends, so that who listens to it asks again.
+func TestClashTakeover(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{clash: "127.0.0.1:9090", routes: "SOCKD5 @=198.51.100.11 *\n"})
+	flows := w.startEchoes(t, 1)
+	stream := w.gateway.start(t, command{args: []string{tool(t, "curl"), "-sSN", "-H", "Authorization: Bearer " + readerSecret, "http://127.0.0.1:9090/traffic"}})
+	eventually(t, 10*time.Second, "the stream flows", func() bool { return strings.Contains(stream.output(), "upTotal") })
+	old := d.takeover(t)
+	if _, ended := stream.wait(10 * time.Second); !ended {
+		t.Error("the stream of the old process does not end")
+	}
+	if status, answer := d.clash(t, readerSecret, "GET", "/version", ""); status != 200 {
+		t.Errorf("the new process: %d %v", status, answer)
+	}
+	if !old.running() {
+		t.Error("the old process has ended, and its flow with it")
+	}
+	flows.finish(t)
+}
+
 // browser is a Chromium on a host, by its DevTools protocol.
 type browser struct {
 	t    testing.TB
