@@ -341,8 +341,10 @@ func (a *api) kill(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *api) killAll(w http.ResponseWriter, _ *http.Request) {
+	var ids []string
 	for _, f := range a.o.Flows() {
-		a.o.Kill(f.ID)
+		ids = append(ids, f.ID)
 	}
+	a.o.Kill(ids...)
 	w.WriteHeader(http.StatusNoContent)
 }

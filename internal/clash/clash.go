@@ -86,7 +86,7 @@ type Options struct {
 	UI      string // folder of a dashboard; empty: none
 
 	Flows   func() []Flow
-	Kill    func(id string) bool // false: there is no such flow
+	Kill    func(ids ...string) // those that there are
 	Rules   func() []Rule
 	Servers func() []Server
 	Lists   func() []List
@@ -99,11 +99,13 @@ type Options struct {
 	Logs     *Logs
 }
 
-// maxStreams bounds the streams that are open at once, and maxBody what a request
-// may say.
+// Bounds: of streams that are open at once, of connections, of what a request may
+// say, and of flows that an answer tells of, the newest.
 const (
 	maxStreams = 64
+	maxConns   = 256
 	maxBody    = 64 << 10
+	maxFlows   = 10000
 )
 
 // Serve answers on ln until ctx ends, and waits for the streams.
@@ -129,7 +131,7 @@ func Serve(ctx context.Context, ln net.Listener, o Options) error {
 		s.Shutdown(grace)
 	})
 	defer stop()
-	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+	if err := s.Serve(&limited{ln, make(chan struct{}, maxConns)}); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("clash: %w", err)
 	}
 	return nil
@@ -140,6 +142,7 @@ type api struct {
 	o       Options
 	slots   chan struct{} // one in it for each stream
 	streams sync.WaitGroup
+	shot    snapshot
 	ui      *os.Root // nothing outside of it is served, whatever links there are; nil: none
 }
 

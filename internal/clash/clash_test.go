@@ -51,7 +51,11 @@ func serve(t *testing.T, ui string) *world {
 				{ID: "18", Network: "udp", Client: client, Destination: netip.MustParseAddrPort("[2001:db8::1]:9"), Start: time.Now(), Kind: "Match", Payload: "", Rule: "socks.cnf:4", Server: Direct},
 			}
 		},
-		Kill: func(id string) bool { w.killed <- id; return true },
+		Kill: func(ids ...string) {
+			for _, id := range ids {
+				w.killed <- id
+			}
+		},
 		Rules: func() []Rule {
 			return []Rule{{Kind: "DomainSuffix", Payload: "example.org", To: "one,two", Text: "SOCKD5 @=one,two *.example.org", Position: "socks.cnf:3", Flows: 9}, {Kind: "Match", To: Direct}}
 		},
@@ -364,6 +368,45 @@ func TestLogs(t *testing.T) {
 	for end := time.Now().Add(5 * time.Second); w.logs.watching.Load() > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("a watcher that left still watches")
+		}
+	}
+}
+
+// TestLimits: who floods the address is turned away, and those who are there are
+// answered.
+func TestLimits(t *testing.T) {
+	w := serve(t, "")
+	stream := w.dial(t, "/connections?interval=100")
+	at := strings.TrimPrefix(w.url, "http://")
+	away := 0
+	var flood []net.Conn
+	for range maxConns + 20 {
+		c, err := net.Dial("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		flood = append(flood, c)
+	}
+	for _, c := range flood[maxConns:] {
+		c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, io.EOF) {
+			away++
+		}
+	}
+	if away != 20 {
+		t.Errorf("%d of 20 too many were turned away", away)
+	}
+	next(t, stream)
+	for _, c := range flood {
+		c.Close()
+	}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if r, err := http.Get(w.url + "/"); err == nil {
+			r.Body.Close()
+			break
+		} else if time.Now().After(end) {
+			t.Fatalf("there is no room again: %v", err)
 		}
 	}
 }

@@ -6,8 +6,10 @@ import (
 	"net/http"
 	"net/netip"
 	"runtime/metrics"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/coder/websocket"
@@ -163,13 +165,33 @@ type metadata struct {
 	SniffHost       string `json:"sniffHost"`
 }
 
-func (a *api) connections() connections {
+// snapshot is connections for whoever asks at about the same time.
+type snapshot struct {
+	mu   sync.Mutex
+	at   time.Time
+	text json.RawMessage
+}
+
+func (a *api) connections() json.RawMessage {
+	s := &a.shot
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.at) < leastPeriod/2 {
+		return s.text
+	}
 	c := connections{Memory: memory(), Connections: []connection{}}
 	c.UploadTotal, c.DownloadTotal = a.o.Totals()
-	for _, f := range a.o.Flows() {
+	flows := a.o.Flows()
+	if len(flows) > maxFlows {
+		slices.SortFunc(flows, func(a, b Flow) int { return b.Start.Compare(a.Start) })
+		flows = flows[:maxFlows]
+	}
+	for _, f := range flows {
 		c.Connections = append(c.Connections, f.connection())
 	}
-	return c
+	s.text, _ = json.Marshal(c) // nothing in it can fail
+	s.at = time.Now()
+	return s.text
 }
 
 func (f *Flow) connection() connection {

@@ -27,10 +27,7 @@ func (d *Daemon) clashOptions(version string) clash.Options {
 		Version: version,
 		UI:      d.setup.Config.Control.UI,
 		Flows:   d.clashFlows,
-		Kill: func(id string) bool {
-			n, err := strconv.ParseUint(id, 10, 64)
-			return err == nil && d.Kill(n)
-		},
+		Kill:    d.clashKill,
 		Rules:    d.clashRules,
 		Servers:  d.clashServers,
 		Lists:    d.clashLists,
@@ -41,6 +38,16 @@ func (d *Daemon) clashOptions(version string) clash.Options {
 		FlushDNS: d.names.Reset,
 		Logs:     d.logs,
 	}
+}
+
+func (d *Daemon) clashKill(ids ...string) {
+	var list []uint64
+	for _, id := range ids {
+		if n, err := strconv.ParseUint(id, 10, 64); err == nil {
+			list = append(list, n)
+		}
+	}
+	d.Kill(list...)
 }
 
 func (d *Daemon) clashSecrets() clash.Secrets {

@@ -247,7 +247,7 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	offer := control.Options{
 		Status:  func() any { return d.Status() },
 		Flows:   func() any { return d.Flows() },
-		Kill:    d.Kill,
+		Kill:    func(id uint64) bool { return d.Kill(id) > 0 },
 		Reload:  func() error { return refusal(d.Reload()) },
 		Metrics: d.metricsHandler(),
 		// It outlives reach, which ends when it has come to its end.

@@ -108,5 +108,5 @@ func (d *Daemon) Flows() []FlowStatus {
 	return append(d.gateway.Flows(), d.gateway.UDPFlows(d.packets.List())...)
 }
 
-// Kill ends a flow; false: there is none of that ID.
-func (d *Daemon) Kill(id uint64) bool { return d.gateway.Kill(id) || d.packets.Kill(id) }
+// Kill ends flows, and returns how many of these there were.
+func (d *Daemon) Kill(ids ...uint64) int { return d.gateway.Kill(ids...) + d.packets.Kill(ids...) }

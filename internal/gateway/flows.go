@@ -22,7 +22,7 @@ type FlowStatus struct {
 	Start       time.Time      `json:"start"`       // when it was accepted
 	Age         float64        `json:"age_seconds"` // since then
 	Client      netip.AddrPort `json:"client"`
-	Interface   string         `json:"interface,omitempty"` // that it entered by, if a rule asks for that
+	Interface   string         `json:"interface,omitempty"` // that it entered by; of TCP only if a rule asks for that
 	Name        string         `json:"name,omitempty"`      // that the client asked for
 	Destination netip.AddrPort `json:"destination"`         // that the client connected to; synthetic if there is a name
 	Rule        string         `json:"rule"`
@@ -83,27 +83,32 @@ func (g *Gateway) Flows() []FlowStatus {
 	return list
 }
 
-// Kill resets both sides of a flow. It returns false if there is none of that ID.
-func (g *Gateway) Kill(id uint64) bool {
-	var found *live
-	var stream *relay.Stream
+// Kill resets both sides of flows. It returns how many of these there were.
+func (g *Gateway) Kill(ids ...uint64) int {
+	var streams []*relay.Stream
+	var copies []*copied
+	want := make(map[uint64]bool, len(ids))
+	for _, id := range ids {
+		want[id] = true
+	}
 	g.mu.Lock()
 	for l := range g.live {
-		if l.id == id {
-			found, stream = l, l.stream
-			break
+		switch {
+		case !want[l.id]:
+		case l.stream != nil:
+			streams = append(streams, l.stream)
+		case l.copied != nil:
+			copies = append(copies, l.copied)
 		}
 	}
 	g.mu.Unlock()
-	switch {
-	case found == nil:
-		return false
-	case stream != nil:
-		stream.Kill()
-	case found.copied != nil:
-		found.copied.kill()
+	for _, s := range streams {
+		s.Kill()
 	}
-	return true
+	for _, c := range copies {
+		c.kill()
+	}
+	return len(streams) + len(copies)
 }
 
 // UDPFlows tells of flows of UDP in the words of this package, the oldest first.
@@ -113,7 +118,7 @@ func (g *Gateway) UDPFlows(flows []relay.UDPFlow) []FlowStatus {
 	for _, u := range flows {
 		f := FlowStatus{
 			ID: u.ID, Network: flow.UDP.String(), Start: u.Start, Age: now.Sub(u.Start).Seconds(), Client: unmap(u.Client),
-			Destination: unmap(u.Dst), Up: u.Up, Down: u.Down,
+			Destination: unmap(u.Dst), Interface: g.o.Index(u.IfIndex), Up: u.Up, Down: u.Down,
 		}
 		if g.o.Names.Contains(f.Destination.Addr()) {
 			f.Name, _ = g.o.Names.Lookup(f.Destination.Addr())

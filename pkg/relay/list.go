@@ -2,7 +2,6 @@ package relay
 
 import (
 	"net/netip"
-	"sync/atomic"
 	"time"
 )
 
@@ -40,23 +39,25 @@ func (u *UDP) List() []UDPFlow {
 	return all
 }
 
-// Kill ends a flow; the client's next datagram begins another. It returns false
-// if there is none of that ID. As with List, no function that was handed in may
-// call it.
-func (u *UDP) Kill(id uint64) bool {
-	var found atomic.Bool
+// Kill ends flows; the client's next datagram begins another. It returns how many
+// of these there were. As with List, no function that was handed in may call it.
+func (u *UDP) Kill(ids ...uint64) int {
+	want := make(map[uint64]bool, len(ids))
+	for _, id := range ids {
+		want[id] = true
+	}
+	n := 0
 	for _, sh := range u.shards {
 		sh.ask(func() {
 			for _, f := range sh.flows {
-				if f.id == id && f.verdict.Way != nil {
-					found.Store(true)
+				if want[f.id] && f.verdict.Way != nil {
+					n++
 					sh.closeFlow(f)
-					return
 				}
 			}
 		})
 	}
-	return found.Load()
+	return n
 }
 
 // ask has the loop run f and waits for it. A loop that has ended has no flows.

@@ -50,7 +50,7 @@ func TestUDPList(t *testing.T) {
 	if other.ID == f.ID || f.ID == 0 {
 		t.Errorf("IDs %d and %d", f.ID, other.ID)
 	}
-	if !r.Kill(f.ID) || r.Kill(f.ID) {
+	if r.Kill(f.ID) != 1 || r.Kill(f.ID) != 0 {
 		t.Error("a flow is killed once")
 	}
 	if list := r.List(); len(list) != 1 || list[0].ID != other.ID {
@@ -61,7 +61,7 @@ func TestUDPList(t *testing.T) {
 		t.Errorf("%+v", again)
 	}
 	r.Close()
-	if r.List() != nil || r.Kill(other.ID) {
+	if r.List() != nil || r.Kill(other.ID) != 0 {
 		t.Error("flows after Close")
 	}
 }
