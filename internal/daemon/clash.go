@@ -23,11 +23,11 @@ import (
 // clashOptions is what the address of the Clash API is given.
 func (d *Daemon) clashOptions(version string) clash.Options {
 	return clash.Options{
-		Secrets: d.clashSecrets,
-		Version: version,
-		UI:      d.setup.Config.Control.UI,
-		Flows:   d.clashFlows,
-		Kill:    d.clashKill,
+		Secrets:  d.clashSecrets,
+		Version:  version,
+		UI:       d.setup.Config.Control.UI,
+		Flows:    d.clashFlows,
+		Kill:     d.clashKill,
 		Rules:    d.clashRules,
 		Servers:  d.clashServers,
 		Lists:    d.clashLists,
