@@ -2,11 +2,14 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"io"
+	"io/fs"
 	"os"
 
 	"github.com/tproxyd/tproxyd/internal/watch"
 	"github.com/tproxyd/tproxyd/pkg/routes"
+	"golang.org/x/sys/unix"
 )
 
 // This file keeps the LISTs as their files are: when one changes, those alone
@@ -16,13 +19,20 @@ import (
 type opened map[string]watch.State
 
 func (o opened) open(path string) (io.ReadCloser, error) {
-	f, err := os.Open(path)
+	// A FIFO would have the daemon wait for somebody who writes.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
-	if s, err := watch.StateOf(f); err == nil { // else that of the moment when watching begins
-		o[path] = s
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = &fs.PathError{Op: "open", Path: path, Err: errors.New("not a regular file")}
 	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	o[path] = watch.StateOf(info)
 	return f, nil
 }
 
@@ -56,12 +66,12 @@ func (d *Daemon) watchLists(ctx context.Context) error {
 }
 
 // relist puts the LISTs in force whose files have changed, or changes nothing and
-// says why.
-func (d *Daemon) relist(paths []string) {
+// says why. False: it is the kernel's fault, and worth another attempt.
+func (d *Daemon) relist(paths []string) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.takenOver {
-		return
+		return true // the successor follows its own
 	}
 	defer frugal()()
 	next, diags := d.setup.relisted()
@@ -69,7 +79,7 @@ func (d *Daemon) relist(paths []string) {
 	if !diags.HasErrors() {
 		if next.Table.Sum() == d.setup.Table.Sum() {
 			d.watcher.Set(next.lists)
-			return
+			return true
 		}
 		for _, w := range diags {
 			if _, ok := next.lists[w.File]; ok { // the others were told of when the rules were read
@@ -81,8 +91,9 @@ func (d *Daemon) relist(paths []string) {
 	if err != nil {
 		d.reloads.Refused++
 		d.log.Error("a list has changed and is not followed, what was read before stays in force", "files", paths, "err", err)
-		return
+		return diags.HasErrors()
 	}
 	d.reloads.Done++
 	d.log.Info("a list has changed and is in force", "files", paths)
+	return true
 }

@@ -57,6 +57,9 @@ func TestLoad(t *testing.T) {
 		{"all well", map[string]string{
 			"tproxyd.toml": named + "[intercept]\nlocal = true\n", "credentials.toml": credentials, "socks.cnf": "SERVER a 10.0.3.1 credential=office\nSOCKD5 @=a *",
 		}, nil},
+		{"a list that is a directory", map[string]string{
+			"tproxyd.toml": "[intercept]\nlocal = true\n", "socks.cnf": "LIST l file=dir\nDENY $l", "dir/file": "",
+		}, []string{"socks.cnf:1 E24"}},
 		{"a server of this host itself", map[string]string{
 			"tproxyd.toml": "[intercept]\nlocal = true\n", "socks.cnf": "DENY * eq 25\nSERVER ssh 127.0.0.1:1081 udp=off\nSOCKD5 @=ssh *",
 		}, []string{"socks.cnf:2 E14"}},

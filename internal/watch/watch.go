@@ -30,6 +30,7 @@ const (
 	quiet   = 250 * time.Millisecond // after the last sign of a change, as there can be several for one
 	patient = 3 * time.Second        // but no longer than this after the first
 	look    = 15 * time.Second       // between looks at what inotify may not tell; two must agree
+	rest    = 4                      // times what was done about a change, before the next one
 )
 
 // State is what tells one content of a file from another without reading it.
@@ -41,16 +42,9 @@ type State struct {
 	changed  syscall.Timespec
 }
 
-// StateOf returns the state of a file that is open.
-func StateOf(f *os.File) (State, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return State{}, err
-	}
-	return state(info), nil
-}
-
-func state(info os.FileInfo) (s State) {
+// StateOf returns the state of a file by what os.Stat says, or by that of one that
+// is open.
+func StateOf(info os.FileInfo) (s State) {
 	s.size, s.mod = info.Size(), info.ModTime()
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		s.dev, s.ino, s.changed = uint64(st.Dev), uint64(st.Ino), st.Ctim // 32 bits on MIPS
@@ -64,7 +58,7 @@ func now(path string) State {
 	if err != nil {
 		return State{}
 	}
-	return state(info)
+	return StateOf(info)
 }
 
 // Options are those of New. The zero value works.
@@ -230,8 +224,10 @@ func entriesOf(path string) (entries []string) {
 }
 
 // Run calls changed, one call at a time, with the paths that have changed, until
-// ctx ends. It ends the Watcher.
-func (w *Watcher) Run(ctx context.Context, changed func(paths []string)) error {
+// ctx ends. What changed returns false for is reported again, after two looks.
+// After each call there is a rest of several times as long as it took. Run ends
+// the Watcher.
+func (w *Watcher) Run(ctx context.Context, changed func(paths []string) bool) error {
 	events := make(chan struct{})
 	done := make(chan struct{})
 	if w.in != nil {
@@ -241,6 +237,7 @@ func (w *Watcher) Run(ctx context.Context, changed func(paths []string)) error {
 	tick := time.NewTicker(w.look)
 	defer tick.Stop()
 	var first time.Time // of the changes that are not reported yet
+	var rested time.Time
 	wait := time.NewTimer(time.Hour)
 	defer wait.Stop()
 	for {
@@ -253,7 +250,11 @@ func (w *Watcher) Run(ctx context.Context, changed func(paths []string)) error {
 		case <-wait.C:
 			first = time.Time{}
 			if paths := w.take(); len(paths) > 0 {
-				changed(paths)
+				began := time.Now()
+				if !changed(paths) {
+					w.unread(paths)
+				}
+				rested = time.Now().Add(rest * time.Since(began))
 			}
 			continue
 		}
@@ -263,7 +264,7 @@ func (w *Watcher) Run(ctx context.Context, changed func(paths []string)) error {
 		if first.IsZero() {
 			first = time.Now()
 		}
-		wait.Reset(min(quiet, max(0, patient-time.Since(first))))
+		wait.Reset(max(min(quiet, patient-time.Since(first)), time.Until(rested), 0))
 	}
 }
 
@@ -292,6 +293,17 @@ func (w *Watcher) take() (paths []string) {
 		}
 	}
 	return paths
+}
+
+// unread has the next looks find files changed.
+func (w *Watcher) unread(paths []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, path := range paths {
+		if f := w.files[path]; f != nil {
+			f.read = State{size: -1}
+		}
+	}
 }
 
 // lookAt looks at all files: where inotify does not watch, or not any longer,

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -16,6 +17,7 @@ type watched struct {
 	t       testing.TB
 	dir     string
 	changes chan []string
+	fail    atomic.Bool // what is reported cannot be followed
 }
 
 func newWatched(t testing.TB, w *Watcher, dir string, names ...string) *watched {
@@ -30,7 +32,7 @@ func newWatched(t testing.TB, w *Watcher, dir string, names ...string) *watched 
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		w.Run(ctx, func(paths []string) { x.changes <- paths })
+		w.Run(ctx, func(paths []string) bool { x.changes <- slices.Clone(paths); return !x.fail.Load() })
 	}()
 	t.Cleanup(func() { cancel(); <-done })
 	return x
@@ -59,7 +61,7 @@ func (x *watched) silent(what string) {
 	select {
 	case paths := <-x.changes:
 		x.t.Errorf("%s: %v was reported", what, paths)
-	case <-time.After(2 * quiet):
+	case <-time.After(quiet + 100*time.Millisecond):
 	}
 }
 
@@ -155,10 +157,9 @@ func TestSince(t *testing.T) {
 	dir := t.TempDir()
 	x := newWatched(t, New(Options{Look: 100 * time.Millisecond}), dir)
 	x.do(write(x.path("a"), "1"))
-	f, err := os.Open(x.path("a"))
+	info, err := os.Stat(x.path("a"))
 	x.do(err)
-	read, err := StateOf(f)
-	x.do(err, f.Close())
+	read := StateOf(info)
 	x.Set(map[string]State{x.path("a"): read})
 	x.silent("nothing has changed")
 	x.do(write(x.path("a"), "22"))
@@ -169,6 +170,20 @@ func TestSince(t *testing.T) {
 	x.want("removed", "a")
 	x.Set(map[string]State{x.path("a"): read})
 	x.want("removed since", "a")
+}
+
+// TestAgain: what could not be followed is reported again.
+func TestAgain(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	x := &watched{t: t, dir: dir}
+	x.do(write(x.path("a"), "1"))
+	x = newWatched(t, New(Options{Look: time.Second}), dir, "a")
+	x.fail.Store(true)
+	x.do(write(x.path("a"), "2"))
+	x.want("written", "a")
+	x.fail.Store(false)
+	x.want("again", "a")
 }
 
 // TestLooks: without inotify changes are found by looking, and a file that is

@@ -2,4 +2,4 @@
 
 package routes
 
-const raceDetector = false
+const under = 1
