@@ -133,7 +133,11 @@ func (l *lab) lengthen(w way) (stop func(), err error) {
 		gateway.Close()
 		return nil, err
 	}
-	stop = func() { gateway.Close(); server.Close() }
+	stop = func() {
+		gateway.Close()
+		server.Close()
+		l.server.Do(func() error { return forget("lo", farAt+"/32") }) // there may be another long way later
+	}
 	err = errors.Join(
 		l.gateways[w].Do(func() error {
 			link, err := netlink.LinkByName(tunName)

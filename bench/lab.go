@@ -152,7 +152,12 @@ func cable(a *netns.Namespace, aName, aAddr string, b *netns.Namespace, bName, b
 	return b.Do(func() error { return errors.Join(address(bName, bAddr+"/28"), up(bName)) })
 }
 
-func address(name, cidr string) error {
+func address(name, cidr string) error { return addressed(name, cidr, netlink.AddrAdd) }
+
+// forget takes an address away.
+func forget(name, cidr string) error { return addressed(name, cidr, netlink.AddrDel) }
+
+func addressed(name, cidr string, do func(netlink.Link, *netlink.Addr) error) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
@@ -161,7 +166,7 @@ func address(name, cidr string) error {
 	if err != nil {
 		return err
 	}
-	return netlink.AddrAdd(link, a)
+	return do(link, a)
 }
 
 func up(name string) error {
