@@ -6,11 +6,13 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/tproxyd/tproxyd/internal/daemon"
+	"github.com/tproxyd/tproxyd/internal/sandbox"
 )
 
 func serveCommand(e *env) *cobra.Command {
@@ -47,12 +49,13 @@ runs it starts as always.`,
 		signal.Notify(hup, syscall.SIGHUP)
 		defer signal.Stop(hup)
 		e.leaveProcessors()
+		log := e.logger(min)
 		var d *daemon.Daemon
 		var err error
 		if takeover {
-			d, err = daemon.TakeOver(ctx, setup, e.logger(min))
+			d, err = daemon.TakeOver(ctx, setup, log)
 		} else {
-			d, err = daemon.New(setup, e.logger(min))
+			d, err = daemon.New(setup, log)
 		}
 		var refused *daemon.RefusedError
 		if errors.As(err, &refused) && refused.Files {
@@ -62,9 +65,24 @@ runs it starts as always.`,
 		if err != nil {
 			return failed(err)
 		}
+		if setup.Config.Sandbox {
+			e.enterSandbox(setup, log)
+		}
 		return failed(d.Run(ctx, daemon.Signals{Reload: hup, Version: buildVersion(), Ready: func(line string) { fmt.Fprintln(e.stdout, line) }}))
 	}
 	return c
+}
+
+// enterSandbox gives up the rights that serving needs no longer, for good.
+func (e *env) enterSandbox(setup *daemon.Setup, log *slog.Logger) {
+	read, write := setup.Files()
+	read = append(read, e.getenv("SSL_CERT_FILE")) // of crypto/x509
+	for _, dir := range filepath.SplitList(e.getenv("SSL_CERT_DIR")) {
+		read = append(read, filepath.Join(dir, "ca.pem"))
+	}
+	for _, what := range sandbox.Enter(sandbox.Files{Read: sandbox.Folders(read...), Write: sandbox.Folders(write...)}) {
+		log.Warn("the sandbox is weaker than it could be", "missing", what)
+	}
 }
 
 // leaveProcessors takes half of the processors, at least one, unless the

@@ -41,6 +41,7 @@ type Config struct {
 	Path        string // the file it was read from
 	Routes      string // the routing rules
 	Credentials string // the credentials file; empty: none
+	Sandbox     bool   // give up, once serving, what rights are not needed
 
 	Intercept Intercept
 	DNS       DNS
@@ -86,8 +87,9 @@ type Control struct {
 // path (which need not exist).
 func Default(path string) *Config {
 	return &Config{
-		Path:   path,
-		Routes: filepath.Join(filepath.Dir(path), "socks.cnf"),
+		Path:    path,
+		Routes:  filepath.Join(filepath.Dir(path), "socks.cnf"),
+		Sandbox: true,
 		Intercept: Intercept{
 			DNS:   true,
 			Mark:  redirect.Marks{Value: 0x7000, Mask: 0xf000},

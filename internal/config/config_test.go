@@ -18,6 +18,7 @@ func TestParseComplete(t *testing.T) {
 	const file = `
 routes      = "rules/office.cnf"
 credentials = "/run/secrets/c.toml"
+sandbox = false
 
 [intercept]
 interfaces = ["lan0", "br-guest"]

@@ -77,6 +77,7 @@ func parse(path string, b []byte) (*Config, routes.Diagnostics) {
 var keys = map[string]func(*Config, any) error{
 	"routes":      func(c *Config, v any) error { return setPath(&c.Routes, c.Path, v) },
 	"credentials": func(c *Config, v any) error { return setPath(&c.Credentials, c.Path, v) },
+	"sandbox":     func(c *Config, v any) error { return set(&c.Sandbox, v, "true or false") },
 
 	"intercept.interfaces": func(c *Config, v any) error {
 		return setList(&c.Intercept.Interfaces, v, parseInterface)

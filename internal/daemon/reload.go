@@ -152,6 +152,7 @@ func (s *Setup) changeable(next *Setup) error {
 		key     string
 		changed bool
 	}{
+		{"sandbox", old.Sandbox != c.Sandbox},
 		{"[intercept] dns", old.Intercept.DNS != c.Intercept.DNS},
 		{"[intercept] mark", old.Intercept.Mark != c.Intercept.Mark},
 		{"[intercept] table", old.Intercept.Table != c.Intercept.Table},

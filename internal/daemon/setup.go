@@ -3,6 +3,7 @@ package daemon
 import (
 	"bufio"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -27,6 +28,7 @@ type Setup struct {
 	secrets     config.Secrets // of the Clash API
 	host        hostDNS
 	lists       map[string]watch.State // the files of LISTs, as they were read
+	included    []string               // what INCLUDE and LIST name
 
 	credentialDir string     // where Load was told to look for credentials
 	enclosure     *Enclosure // nil: flows of this host and of its interfaces
@@ -73,7 +75,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if diags.HasErrors() {
 		return nil, diags
 	}
-	return &Setup{Config: c, Table: t, credentials: creds, secrets: secrets, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t)}, diags
+	return &Setup{Config: c, Table: t, credentials: creds, secrets: secrets, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t), included: slices.Collect(maps.Keys(o))}, diags
 }
 
 // missingCredentials reports the servers whose credentials nobody knows.

@@ -71,15 +71,15 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-// maxExposure is the highest figure of "systemd-analyze security" that the
-// units may have; 0 is none. A gateway's daemon cannot do without networking,
-// netlink and CAP_NET_ADMIN, which is most of what remains.
-const maxExposure = 2.7
+// maxExposure is the highest figure of "systemd-analyze security" that a unit
+// may have; 0 is none. A gateway's daemon cannot do without networking, netlink
+// and CAP_NET_ADMIN, which is most of what remains.
+var maxExposure = map[string]float64{"tproxyd.service": 2.0, "tproxyd-closed.service": 2.5}
 
 func TestSandbox(t *testing.T) {
 	analyze := tool(t, "systemd-analyze", "systemd")
 	level := regexp.MustCompile(`Overall exposure level for \S+ ([0-9.]+)`)
-	for _, unit := range []string{"tproxyd.service", "tproxyd-closed.service"} {
+	for unit, most := range maxExposure {
 		c := exec.Command(analyze, "security", "--offline=yes", "--no-pager", filepath.Join(root, "deploy", unit))
 		c.Env = append(os.Environ(), "LANG=C.UTF-8")
 		out, _ := c.CombinedOutput()
@@ -92,8 +92,8 @@ func TestSandbox(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Logf("%s: exposure %.1f", unit, exposure)
-		if exposure > maxExposure {
-			t.Errorf("%s: exposure %.1f, more than %.1f\n%s", unit, exposure, maxExposure, out)
+		if exposure > most {
+			t.Errorf("%s: exposure %.1f, more than %.1f\n%s", unit, exposure, most, out)
 		}
 	}
 }

@@ -31,6 +31,7 @@ var rooms = map[string]room{
 	"internal/control":     {},
 	"internal/handover":    {libs: []string{"golang.org/x/sys"}},
 	"internal/netns":       {libs: []string{"golang.org/x/sys", "github.com/vishvananda"}},
+	"internal/sandbox":     {libs: []string{"github.com/landlock-lsm/go-landlock", "github.com/elastic/go-seccomp-bpf", "kernel.org/pub/linux/libs/security/libcap/psx", "golang.org/x/sys"}},
 	"internal/watch":       {libs: []string{"golang.org/x/sys"}},
 	"internal/socksserver": {own: []string{"pkg/flow", "pkg/socks"}},
 	"internal/doctor":      {own: []string{"pkg/redirect", "internal/control"}, libs: []string{"github.com/vishvananda/netlink", "golang.org/x/sys"}},
@@ -40,7 +41,7 @@ var rooms = map[string]room{
 		libs: []string{"github.com/coreos/go-systemd", "github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync", "golang.org/x/sys"},
 	},
 	"cmd/tproxyd": {
-		own:  []string{"pkg/flow", "pkg/routes", "pkg/redirect", "pkg/relay", "internal/config", "internal/control", "internal/daemon", "internal/doctor", "internal/netns", "internal/socksserver"},
+		own:  []string{"pkg/flow", "pkg/routes", "pkg/redirect", "pkg/relay", "internal/config", "internal/control", "internal/daemon", "internal/doctor", "internal/netns", "internal/sandbox", "internal/socksserver"},
 		libs: []string{"github.com/spf13/cobra", "github.com/miekg/dns", "github.com/vishvananda/netlink", "golang.org/x/sys"},
 	},
 

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -77,7 +78,13 @@ func withRights(t *testing.T, unit, conf, then string) *exec.Cmd {
 	for _, r := range strings.Fields(rights[1]) {
 		set += ",+" + strings.ToLower(strings.TrimPrefix(r, "CAP_"))
 	}
-	script := fmt.Sprintf(`%s --bounding-set %s --no-new-privs -- "$@"`, tool(t, "setpriv", "util-linux"), lacking(t, set))
+	group := ""
+	if m := regexp.MustCompile(`(?m)^Group=(.+)$`).FindStringSubmatch(text); m != nil {
+		if _, err := user.LookupGroup(m[1]); err == nil { // else the control socket is nobody's in particular
+			group = "--regid " + m[1] + " --clear-groups"
+		}
+	}
+	script := fmt.Sprintf(`%s %s --bounding-set %s --no-new-privs -- "$@"`, tool(t, "setpriv", "util-linux"), group, lacking(t, set))
 	if then == "" {
 		script = "exec " + script
 	} else {
