@@ -16,13 +16,15 @@ import (
 )
 
 func serveCommand(e *env) *cobra.Command {
-	var conf, level string
+	var conf string
+	var logs serveLog
 	var takeover bool
 	c := &cobra.Command{
 		Use:   "serve [-c FILE] [--takeover]",
 		Short: "Run the daemon",
 		Long: `Run the daemon in the foreground. It prints one line when it is ready and tells
-systemd. SIGHUP makes it read its files again, SIGTERM and SIGINT stop it.
+systemd. SIGHUP makes it read its files again, SIGUSR1 write its state to the log,
+SIGTERM and SIGINT stop it.
 
 With --takeover it takes the place of the daemon that runs, which carries to
 their end the flows that it has, for "drain" seconds at most, and ends. No flow
@@ -33,11 +35,11 @@ runs it starts as always.`,
 	}
 	configFlag(c, &conf)
 	c.Flags().BoolVar(&takeover, "takeover", false, "take the place of the daemon that runs, without cutting a flow")
-	c.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error; debug writes one line per flow")
+	logs.flags(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		var min slog.Level
-		if err := min.UnmarshalText([]byte(level)); err != nil {
-			return fmt.Errorf("--log-level: %q is not debug, info, warn or error", level)
+		log, err := logs.logger(e)
+		if err != nil {
+			return err
 		}
 		setup, diags := daemon.Load(conf, e.getenv("CREDENTIALS_DIRECTORY"))
 		if err := e.tell(diags); err != nil {
@@ -48,10 +50,11 @@ runs it starts as always.`,
 		hup := make(chan os.Signal, 1)
 		signal.Notify(hup, syscall.SIGHUP)
 		defer signal.Stop(hup)
+		usr1 := make(chan os.Signal, 1)
+		signal.Notify(usr1, syscall.SIGUSR1)
+		defer signal.Stop(usr1)
 		e.leaveProcessors()
-		log := e.logger(min)
 		var d *daemon.Daemon
-		var err error
 		if takeover {
 			d, err = daemon.TakeOver(ctx, setup, log)
 		} else {
@@ -65,6 +68,7 @@ runs it starts as always.`,
 		if err != nil {
 			return failed(err)
 		}
+		go dumpState(ctx, usr1, func() any { return d.Status() }, log)
 		if setup.Config.Sandbox {
 			e.enterSandbox(setup, log)
 		}
@@ -93,21 +97,6 @@ func (e *env) leaveProcessors() {
 	if e.getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
 	}
-}
-
-// logger writes text to standard error, without the date where the journal
-// adds its own.
-func (e *env) logger(min slog.Level) *slog.Logger {
-	o := &slog.HandlerOptions{Level: min}
-	if e.getenv("JOURNAL_STREAM") != "" {
-		o.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-			if len(groups) == 0 && a.Key == slog.TimeKey {
-				return slog.Attr{}
-			}
-			return a
-		}
-	}
-	return slog.New(slog.NewTextHandler(e.stderr, o))
 }
 
 func closeCommand(e *env) *cobra.Command {
