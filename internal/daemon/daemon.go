@@ -357,6 +357,10 @@ func (d *Daemon) stop() {
 		notifyStopping()
 	}
 	d.log.Info("stopping")
+	d.before.stop()
+	if d.before != nil {
+		d.before.call.Close()
+	}
 	if d.stored && d.setup.Config.Intercept.Fail == config.FailClosed {
 		d.kernel.Release() // flows wait in the sockets as long as systemd has them
 	}

@@ -23,8 +23,12 @@ type Carrier struct {
 // report is what such a process says, itself first, then those before it.
 type report struct{ Carriers []Carrier }
 
-// ruling is what it is told after a reload: the rules in force, as decidedBy.
-type ruling struct{ Rules string }
+// ruling is what it is told: after a reload the rules in force, as decidedBy, and
+// with a normal stop of the successor to end as well.
+type ruling struct {
+	Rules string
+	Stop  bool `json:",omitempty"`
+}
 
 // errDrained ends a daemon that has nothing left to carry.
 var errDrained = errors.New("daemon: taken over, and nothing is carried any longer")
@@ -37,13 +41,17 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 	defer c.Close()
 	c.SetDeadline(time.Time{})
 	d.servers.Close() // its probes and what it has ready; what it connects still is
-	rules := make(chan string, 1)
+	rules, stopped := make(chan string, 1), make(chan struct{}, 1)
 	ended := make(chan struct{})
 	go func() { // ends with the connection
 		defer close(ended)
 		for {
 			var r ruling
 			if _, err := c.Receive(&r); err != nil {
+				return
+			}
+			if r.Stop {
+				stopped <- struct{}{}
 				return
 			}
 			select {
@@ -61,7 +69,7 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 	defer limit.Stop()
 	tick := time.NewTicker(drainStep)
 	defer tick.Stop()
-	told := ""
+	told, cut := "", ""
 	for {
 		r := d.left()
 		if text, err := json.Marshal(r); err == nil && string(text) != told {
@@ -76,12 +84,23 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 		select {
 		case <-ctx.Done():
 			return errDrained
+		case <-stopped:
+			d.log.Info("the process that took over was stopped, and with it this one")
+			return errDrained
 		case <-limit.C:
 			d.log.Warn("what is still carried is cut: the time to carry it on is over", "flows", r.Carriers[0].Flows, "udp_sessions", r.Carriers[0].Sessions)
 			return errDrained
 		case sum := <-rules:
 			d.obey(sum)
 		case <-tick.C:
+			select {
+			case <-ended: // whoever serves next leaves there by which rules
+				if sum := d.setup.decided(); sum != "" && sum != d.setup.decidedBy() && sum != cut {
+					d.obey(sum)
+					cut = sum
+				}
+			default:
+			}
 		}
 	}
 }

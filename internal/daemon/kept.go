@@ -26,11 +26,16 @@ func (s *Setup) readmitAtStart() []redirect.Admission {
 	if s.Table == nil || s.enclosure != nil {
 		return []redirect.Admission{}
 	}
-	b, err := os.ReadFile(filepath.Join(s.Config.State.Directory, decidedFile))
-	if err == nil && string(b) == s.decidedBy() {
+	if s.decided() == s.decidedBy() {
 		return nil
 	}
 	return []redirect.Admission{}
+}
+
+// decided returns the digest; empty: there is none.
+func (s *Setup) decided() string {
+	b, _ := os.ReadFile(filepath.Join(s.Config.State.Directory, decidedFile))
+	return string(b)
 }
 
 // forgetDecided removes the digest, before other rules let something pass.

@@ -168,21 +168,25 @@ func (p *predecessor) carriers() []Carrier {
 }
 
 // tell tells it by which rules flows are decided from now on.
-func (p *predecessor) tell(rules string) {
+func (p *predecessor) tell(rules string) { p.say(ruling{Rules: rules}) }
+
+// stop has it end, as the operator has stopped what took its place.
+func (p *predecessor) stop() { p.say(ruling{Stop: true}) }
+
+func (p *predecessor) say(r ruling) {
 	if p.ended() {
 		return
 	}
 	p.call.SetWriteDeadline(time.Now().Add(stepLimit))
-	p.call.Send(handover.Message{Body: ruling{rules}}) // its end is heard by watch
+	p.call.Send(handover.Message{Body: r}) // its end is heard by watch
 }
 
 // watch hears what the predecessor still carries until it ends. Then the names
 // that its flows needed may be given up.
 func (d *Daemon) watch(ctx context.Context) error {
 	p := d.before
-	stop := context.AfterFunc(ctx, func() { p.call.Close() })
+	stop := context.AfterFunc(ctx, func() { p.call.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	defer p.call.Close()
 	for {
 		var r report
 		if _, err := p.call.Receive(&r); err != nil {

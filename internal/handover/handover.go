@@ -53,6 +53,9 @@ func (c *Conn) Close() error { return c.c.Close() }
 // the bound.
 func (c *Conn) SetDeadline(t time.Time) error { return c.c.SetDeadline(t) }
 
+// SetReadDeadline bounds what is received, likewise.
+func (c *Conn) SetReadDeadline(t time.Time) error { return c.c.SetReadDeadline(t) }
+
 // SetWriteDeadline bounds what is sent, likewise.
 func (c *Conn) SetWriteDeadline(t time.Time) error { return c.c.SetWriteDeadline(t) }
 

@@ -92,6 +92,54 @@ func TestTakenOverEnds(t *testing.T) {
 	w.client.curl(t, "http://www.example.org/after", "-4").ok(t)
 }
 
+// TestTakenOverFollows: the new process is stopped, and the old one with it; it
+// dies, and the old one carries on, by the rules of whoever serves next.
+func TestTakenOverFollows(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	w.insideDNS.add(t, "here.example.org. 60 IN A "+outsideAt)
+	const proxied = "SOCKD5 @=198.51.100.11 *\n"
+	d := serve(t, w.gateway, settings{routes: "RESOLVE remote here.example.org\nDIRECT here.example.org\n" + proxied})
+	w.outside.answerTCP(t, outsideAt+":7", func(c *net.TCPConn) { io.Copy(c, c) })
+	dial := func(to string) net.Conn {
+		c, err := w.client.dial("tcp", to+":7", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		talk(t, c)
+		return c
+	}
+	here := w.client.mustLookup(t, insideNS, "here.example.org", dns.TypeA).String()
+	direct, through := dial(here), dial(outsideAt)
+	old := d.takeover(t)
+	d.process.kill()
+	talk(t, direct)
+	talk(t, through)
+	d.routes(t, proxied)
+	d.start(t)
+	eventually(t, 5*time.Second, "what is no longer DIRECT is cut", func() bool {
+		direct.SetDeadline(time.Now().Add(time.Second))
+		_, err := direct.Write([]byte("hello"))
+		if err == nil {
+			_, err = direct.Read(make([]byte, 5))
+		}
+		return err != nil
+	})
+	talk(t, through)
+	through.Close()
+	if code, ended := old.wait(5 * time.Second); !ended || code != 0 {
+		t.Errorf("with nothing left: ended %v, exit %d", ended, code)
+	}
+
+	through = dial(outsideAt)
+	old = d.takeover(t)
+	d.stop(t)
+	if code, ended := old.wait(5 * time.Second); !ended || code != 0 {
+		t.Errorf("stopped: ended %v, exit %d", ended, code)
+	}
+}
+
 // attempt starts a process that is to take over, and waits for nothing.
 func (d *daemon) attempt(t testing.TB) *process {
 	t.Helper()
