@@ -1,6 +1,7 @@
 package convert
 
 import (
+	"cmp"
 	"errors"
 	"net/netip"
 	"slices"
@@ -18,6 +19,7 @@ func (b *builder) proxychains(text string) {
 	length := "2"
 	resolve := "local"
 	var hops []proxy
+	broken := 0 // the line of the first server that was refused; 0: none was
 	lines(text, func(s source, words []string) {
 		word := strings.ToLower(words[0])
 		whole := s.text
@@ -33,6 +35,7 @@ func (b *builder) proxychains(text string) {
 			p.source = s
 			if err != nil {
 				b.refuse(p.source, "%v", err)
+				broken = cmp.Or(broken, s.line)
 				return
 			}
 			hops = append(hops, p)
@@ -55,7 +58,11 @@ func (b *builder) proxychains(text string) {
 		}
 	})
 	b.add("RESOLVE "+resolve+" *", "proxy_dns "+map[string]string{"local": "is not set: names are resolved here", "remote": "is set: the last server resolves names"}[resolve])
-	if len(hops) > 0 {
+	switch {
+	case broken > 0 && mode != "random_chain" && mode != "round_robin_chain":
+		// Without it flows would go by a way that was never meant.
+		b.refuse(source{line: broken}, "a chain is not made without one of its servers")
+	case len(hops) > 0:
 		b.chain(mode, length, modeAt, hops, resolve == "remote")
 	}
 	b.add("DEFAULT DENY", "nothing is left: the chain is for everything")
