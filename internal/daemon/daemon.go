@@ -308,7 +308,13 @@ func (d *Daemon) take(ctx context.Context, g *errgroup.Group) *part {
 		}
 	}
 	p.task("kernel", func(ctx context.Context) error {
-		return d.kernel.Heal(ctx, func(what string) { d.log.Warn("put right what somebody else changed", "what", what) })
+		return d.kernel.Heal(ctx, func(what string) {
+			if what == "cgroup" {
+				d.log.Info("cgroups that rules name have come or gone, and the table follows")
+				return
+			}
+			d.log.Warn("put right what somebody else changed", "what", what)
+		})
 	})
 	return p
 }

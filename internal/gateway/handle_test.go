@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"regexp"
 	"runtime"
 	"slices"
@@ -234,6 +235,7 @@ func TestSwap(t *testing.T) {
 		{"the name alone denied", "DENY www.example.org\nDIRECT *", false, true},
 		{"the address alone denied", "DENY 127.20.0.0/16\nDIRECT *", true, false},
 		{"the address of the name alone denied", "DENY 192.0.2.0/24\nDIRECT *", false, true},
+		{"proxied for a user that was not asked for", "SERVER other $S\nSOCKD5 @=other * uid=0\nDIRECT *", true, true},
 		{"proxied by an interface that was not asked for", "SERVER other $S\nSOCKD5 @=other * if=lan0\nDIRECT *", true, true},
 	}
 	for _, tt := range tests {
@@ -416,4 +418,19 @@ func TestSwapLetsGo(t *testing.T) {
 		}
 		finish(t, c)
 	}
+}
+
+// TestRuleTimeout: a rule's own limit is that of its flows, and of no others.
+func TestRuleTimeout(t *testing.T) {
+	l := newLab(t, slog.LevelDebug, socksserver.Fault{}, "DIRECT 127.20.0.8 timeout=1s\nDIRECT *")
+	short, long := l.connect("127.20.0.8"), l.connect(realAt)
+	for _, c := range []net.Conn{short, long} {
+		echoes(t, c, "hello")
+		<-l.handled
+	}
+	short.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := short.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a flow with timeout=1s that is idle: %v", err)
+	}
+	echoes(t, long, "still here")
 }

@@ -64,6 +64,7 @@ type lab struct {
 	log      *records
 
 	interfaceError error       // in place of an interface
+	whoError       error       // in place of what is known of a client
 	left           atomic.Bool // the clients are gone
 
 	udp     socksserver.UDP // of servers that are started from now on
@@ -122,6 +123,12 @@ func newLab(t testing.TB, level slog.Level, fault socksserver.Fault, rules ...st
 		},
 		Gone:  func(*relay.Conn) bool { return l.left.Load() },
 		Index: func(i int) string { return map[int]string{1: "lan0", 2: "guest"}[i] },
+		Who: func(f *flow.Flow) error {
+			if f.Mark = 5; f.InIf == "" {
+				f.Owner = flow.Owner{Known: true, UID: uint32(f.Src.Port())}
+			}
+			return l.whoError
+		},
 		Own:   func(to netip.AddrPort) bool { return to.Addr() == l.own },
 		Admit: l.admit,
 		Log:   slog.New(slog.NewJSONHandler(l.log, &slog.HandlerOptions{Level: level})),

@@ -28,6 +28,28 @@ func asker(addr string, ifIndex int) fakedns.Asker {
 	return fakedns.Asker{Addr: netip.MustParseAddr(addr), IfIndex: ifIndex}
 }
 
+// by is an asker with a port, which the lab takes for a user's number.
+func by(a fakedns.Asker, port uint16) fakedns.Asker {
+	a.Port, a.Server = port, netip.MustParseAddrPort("192.0.2.53:53")
+	return a
+}
+
+// TestNobodyKnowsWho: what depends on who asks is refused if that is not known.
+func TestNobodyKnowsWho(t *testing.T) {
+	l := newLab(t, slog.LevelInfo, socksserver.Fault{}, "DENY * uid=1\nDIRECT *")
+	l.whoError = errors.New("not noted")
+	a := by(asker("192.0.2.1", 0), 2)
+	if got, shared := l.Decide("www.example.org", a); got != fakedns.Refused || shared {
+		t.Errorf("%v, shared %v", got, shared)
+	}
+	if err := l.Admit("www.example.org", a, []netip.Addr{netip.MustParseAddr("192.0.2.7")}, 0); !errors.Is(err, l.whoError) {
+		t.Error(err)
+	}
+	if _, err := l.DialRemote(t.Context(), "www.example.org", a, a.Server); !errors.Is(err, l.whoError) {
+		t.Error(err)
+	}
+}
+
 func TestDecide(t *testing.T) {
 	tests := []struct {
 		rules  string
@@ -51,6 +73,9 @@ func TestDecide(t *testing.T) {
 		{"DENY * if=guest reject=dns-refused\nDIRECT *", "www.example.org", asker("10.7.0.1", 2), fakedns.Refused, false},
 		{"DENY * if=guest reject=dns-refused\nDIRECT *", "www.example.org", asker("10.7.0.1", 1), fakedns.RealDirect, false},
 		{"DENY * if=guest reject=dns-refused\nDIRECT *", "www.example.org", asker("10.7.0.1", 0), fakedns.RealDirect, false},
+		{"DENY * uid=5353 reject=dns-nxdomain\nDIRECT *", "www.example.org", by(asker("192.0.2.1", 0), 5353), fakedns.NXDomain, false},
+		{"DENY * uid=5353 reject=dns-nxdomain\nDIRECT *", "www.example.org", by(asker("192.0.2.1", 0), 5354), fakedns.RealDirect, false},
+		{"DENY * uid=5353 reject=dns-nxdomain\nDIRECT *", "www.example.org", by(asker("10.7.0.1", 1), 5353), fakedns.RealDirect, false},
 	}
 	for _, tt := range tests {
 		l := newLab(t, slog.LevelInfo, socksserver.Fault{}, tt.rules)

@@ -74,6 +74,14 @@ func TestDecideUDP(t *testing.T) {
 		{rules: "DENY * if=guest\nDIRECT *", dst: v4, ifIndex: 9, prepare: func(l *lab) { l.interfaceError = errors.New("it is gone") }, refusal: refused, counted: "upstream"},
 		{rules: "DENY * src=10.8.0.0/16\nDIRECT *", dst: v4, ifIndex: 9, prepare: func(l *lab) { l.interfaceError = errors.New("nobody asks") }, rule: "socks.cnf:2"},
 		{rules: "DENY * src=10.7.0.0/16\nDIRECT *", dst: v4, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
+
+		{rules: "DENY * uid=4000\nDIRECT *", dst: v4, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
+		{rules: "DENY * uid=4000\nDIRECT *", dst: v4, ifIndex: 1, rule: "socks.cnf:2"},
+		{rules: "DENY * mark=5\nDIRECT *", dst: named, ifIndex: 1, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
+		{rules: "DENY * uid=1\nDIRECT *", dst: v4, prepare: func(l *lab) { l.whoError = errors.New("not noted") }, refusal: refused, counted: "upstream"},
+		{rules: "DENY * src=10.8.0.0/16\nDIRECT *", dst: v4, prepare: func(l *lab) { l.whoError = errors.New("nobody asks") }, rule: "socks.cnf:2"},
+		{rules: "DENY * reject=drop", dst: v4, refusal: relay.RefuseSilently, counted: "denied", rule: "socks.cnf:1"},
+		{rules: "DENY * reject=icmp", dst: v4, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
 	} {
 		t.Run(strings.ReplaceAll(tt.rules, "\n", "; ")+" "+tt.dst, func(t *testing.T) {
 			l := newLab(t, slog.LevelDebug, socksserver.Fault{}, tt.rules)

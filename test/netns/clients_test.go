@@ -2,6 +2,7 @@ package netns_test
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -76,6 +77,17 @@ SOCKD5 @=one *
 		t.Errorf("a name that one user is told does not exist: %d %s%s", p.code, p.out, p.err)
 	}
 	w.gateway.curlAs(t, as("1000"), "http://www.example.net/").fetched(t, socks2Out, socks2Out6)
+
+	// UDP, of each user by their own server.
+	w.outside.udpServices(t, outsideAt, outsideAt6)
+	for uid, from := range map[string][2]string{"1000": {socks2Out, socks2Out6}, "0": {socks1Out, socks1Out6}} {
+		for i, to := range []string{outsideAt, outsideAt6} {
+			r := w.gateway.run(t, command{args: append(as(uid), tool(t, "bash"), "-c", "exec 3<>/dev/udp/"+to+"/1111; echo x >&3; timeout 5 dd bs=100 count=1 status=none <&3")})
+			if got, _, err := net.SplitHostPort(strings.TrimSpace(r.out)); err != nil || got != from[i] {
+				t.Errorf("UDP of %s to %s came from %q, want %s (%s)", uid, to, r.out, from[i], r.err)
+			}
+		}
+	}
 
 	// What the kernel decides never comes to the daemon.
 	before := d.metric(t, `tproxyd_flows_total{action="proxied"}`) + d.metric(t, `tproxyd_flows_total{action="direct"}`)
