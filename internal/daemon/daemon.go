@@ -162,7 +162,7 @@ func (d *Daemon) open(e *estate) (err error) {
 		Entered:   d.interfaceName,
 		Gone:      gone,
 		Index:     d.kernel.InterfaceName,
-		Who:       d.kernel.Who,
+		Who:       d.who,
 		Own:       d.ownListener,
 		Admit:     d.admit(),
 		Log:       part("gateway"),

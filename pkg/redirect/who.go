@@ -31,9 +31,9 @@ type Who struct {
 }
 
 const (
-	whoTime = 2 * time.Minute // how long a note stays
-	whoSize = 1 << 16         // notes at most
-	noID    = 1<<32 - 1       // of a socket that no process has
+	whoTime = 10 * time.Second // how long a note stays: as long as a flow can wait to be accepted
+	whoSize = 1 << 17          // notes at most
+	noID    = 1<<32 - 1        // of a socket that no process has
 )
 
 // set is the map of a family. Its data are a user, a group, the mark, and the

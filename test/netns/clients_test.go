@@ -156,3 +156,20 @@ func TestExcludeModule(t *testing.T) {
 	}
 	w.gateway.curl(t, "http://"+outsideAt+":8081/").refused(t)
 }
+
+// TestRunUsers: a rule means the same user in the namespaces of run, where users
+// have other numbers.
+func TestRunUsers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	for uid, want := range map[string]bool{"65534": true, "0": false} {
+		rules := w.gateway.file(t, "users.cnf", "SOCKD5 @="+socks1At+" * uid="+uid+"\nDENY *\n", 0o644)
+		p := pageOf(w.gateway.run(t, command{args: runLine(t, "--routes", rules, "--", tool(t, "curl"), "-sS", "--max-time", "20", "http://"+outsideAt+"/")}))
+		if want {
+			p.fetched(t, socks1Out)
+		} else {
+			p.refused(t)
+		}
+	}
+}
