@@ -322,6 +322,7 @@ type ruleFigures struct {
 	Position string `json:"position"`
 	Up       uint64 `json:"up"`
 	Down     uint64 `json:"down"`
+	Kernel   uint64 `json:"kernel"`
 }
 
 func (a *api) rules() []ruleStatus {
@@ -329,7 +330,7 @@ func (a *api) rules() []ruleStatus {
 	for i, r := range a.o.Rules() {
 		list = append(list, ruleStatus{
 			Index: i, Type: r.Kind, Payload: r.Payload, Proxy: r.To, Size: -1,
-			Extra: ruleExtra{HitCount: r.Flows}, Tproxyd: ruleFigures{r.Text, r.Position, r.Up, r.Down},
+			Extra: ruleExtra{HitCount: r.Flows}, Tproxyd: ruleFigures{r.Text, r.Position, r.Up, r.Down, r.Kernel},
 		})
 	}
 	return list

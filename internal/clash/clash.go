@@ -57,6 +57,7 @@ type Rule struct {
 	Position string // FILE:LINE
 	Flows    uint64 // that it decided
 	Up, Down uint64 // bytes
+	Kernel   uint64 // bytes from clients that the kernel let pass, or refused, by it alone
 }
 
 // Server is a server, with what is known of it.

@@ -64,12 +64,16 @@ func (d *Daemon) totals() (up, down uint64) {
 
 func (d *Daemon) clashRules() []clash.Rule {
 	var list []clash.Rule
+	tallies, err := d.kernel.Tallies()
+	if err != nil {
+		tallies = nil // status says so
+	}
 	for _, r := range d.gateway.Rules() {
 		if r.Rule != nil {
 			kind, payload := clashKind(r.Rule)
 			list = append(list, clash.Rule{
 				Kind: kind, Payload: payload, To: clashWay(r.Rule.Action, r.List), Text: r.Rule.Text,
-				Position: r.Rule.Position(), Flows: r.Flows, Up: r.Up, Down: r.Down,
+				Position: r.Rule.Position(), Flows: r.Flows, Up: r.Up, Down: r.Down, Kernel: tallies[tagOf(r.Rule)].Bytes,
 			})
 		}
 	}
