@@ -89,7 +89,7 @@ func TestReloadOfBigLists(t *testing.T) {
 		t.Errorf("%d packets leaked:\n%s", n, who)
 	}
 	flows.finish(t)
-	if kb := d.status(t, "VmHWM"); kb > 450<<10 { // the rules before and those after, for a moment
+	if kb := d.status(t, "VmHWM"); kb > 512<<10 { // the rules before and those after, for a moment; a busy machine collects garbage late
 		t.Errorf("%d KB of memory at the most, with the reload", kb)
 	}
 }
