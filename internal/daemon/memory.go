@@ -17,7 +17,7 @@ const (
 // function that it returns is called: beside rules with a million names, the
 // same again for a moment, as much garbage as both would be too much.
 func frugal() (end func()) {
-	before := debug.SetGCPercent(15)
+	before := debug.SetGCPercent(12)
 	return func() {
 		debug.SetGCPercent(before)
 		var m runtime.MemStats

@@ -98,8 +98,11 @@ func (d *Daemon) put(next *Setup) error {
 // takeNotes has the kernel note of clients what the next rules ask for, before
 // they are asked. The rules in force stay as they are.
 func (d *Daemon) takeNotes(who *redirect.Who) error {
+	if who == nil {
+		return nil // and compile nothing
+	}
 	p := kernelPlan(d.setup, d.ports())
-	if who == nil || p.Who != nil && slices.Equal(p.Who.Cgroups, who.Cgroups) {
+	if p.Who != nil && slices.Equal(p.Who.Cgroups, who.Cgroups) {
 		return nil
 	}
 	p.Who = who
