@@ -132,7 +132,8 @@ func TestTakenOverFollows(t *testing.T) {
 		t.Errorf("with nothing left: ended %v, exit %d", ended, code)
 	}
 
-	through = dial(outsideAt)
+	alive := dial(outsideAt)
+	defer alive.Close()
 	old = d.takeover(t)
 	d.stop(t)
 	if code, ended := old.wait(5 * time.Second); !ended || code != 0 {
