@@ -12,7 +12,8 @@ func cleanupCommand(e *env) *cobra.Command {
 		Long: `Remove the nftables table, the policy routing rules and the routes that tproxyd
 put into the kernel. It needs neither a daemon nor a file, and twice is once.
 A table that belongs to a living daemon is not touched: stop the daemon first.`,
-		Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error { return failed(redirect.Remove()) },
+		Example: "  tproxyd cleanup",
+		Args:    cobra.NoArgs,
+		RunE:    func(*cobra.Command, []string) error { return failed(redirect.Remove()) },
 	}
 }

@@ -55,7 +55,8 @@ server with a web server behind it) and show from the untouched client how a
 name is asked, answered, decided, carried or denied. Nothing outside these
 namespaces is touched and nothing is left behind. Without root it uses a user
 namespace.`,
-		Args: cobra.NoArgs,
+		Example: "  tproxyd demo",
+		Args:    cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(c.Context(), demoTimeout)
 			defer cancel()

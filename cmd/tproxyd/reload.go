@@ -37,7 +37,8 @@ func reloadCommand(e *env) *cobra.Command {
 		Long: `Make the running daemon read its files again. No flow is cut, but those that
 were DIRECT and no longer may be. If a file has an error the old rules stay in
 force, the errors are printed and the exit status is 2.`,
-		Args: cobra.NoArgs,
+		Example: "  tproxyd reload\n  tproxyd reload --socket /run/tproxyd/control.sock",
+		Args:    cobra.NoArgs,
 	}
 	daemon := controlFlags(e, c)
 	c.RunE = func(c *cobra.Command, _ []string) error {

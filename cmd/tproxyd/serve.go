@@ -31,7 +31,8 @@ their end the flows that it has, for "drain" seconds at most, and ends. No flow
 is cut or refused, nor a question of DNS. If that cannot be, the daemon that runs
 goes on, and the exit status is 2 if what the files say is the reason. If none
 runs it starts as always.`,
-		Args: cobra.NoArgs,
+		Example: "  tproxyd serve -c /etc/tproxyd/tproxyd.toml\n  tproxyd serve --log-level debug --log-format json\n  tproxyd serve --takeover",
+		Args:    cobra.NoArgs,
 	}
 	configFlag(c, &conf)
 	c.Flags().BoolVar(&takeover, "takeover", false, "take the place of the daemon that runs, without cutting a flow")
@@ -109,7 +110,8 @@ port 53 are refused at once, what they make DIRECT by address passes. Meant for
 the time between boot and the daemon; 'tproxyd serve' takes the table over,
 'tproxyd cleanup' removes it. It needs no credentials. If a file has an
 error it closes everything, and the exit status is 2.`,
-		Args: cobra.NoArgs,
+		Example: "  tproxyd close -c /etc/tproxyd/tproxyd.toml",
+		Args:    cobra.NoArgs,
 	}
 	configFlag(c, &conf)
 	c.RunE = func(*cobra.Command, []string) error {

@@ -7,6 +7,8 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"sync"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -38,7 +40,7 @@ func (l *serveLog) logger(e *env) (*slog.Logger, error) {
 		return nil, fmt.Errorf("--log-format: %q is not text or json", l.format)
 	}
 	if !e.toJournal() {
-		return slog.New(write(e.stderr)), nil
+		return slog.New(paced{write(e.stderr), &pace{}}), nil
 	}
 	o.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
 		if len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey) {
@@ -46,10 +48,70 @@ func (l *serveLog) logger(e *env) (*slog.Logger, error) {
 		}
 		return a
 	}
-	return slog.New(priorities{
+	return slog.New(paced{priorities{
 		write(prefixed{"<7>", e.stderr}), write(prefixed{"<6>", e.stderr}), write(prefixed{"<4>", e.stderr}), write(prefixed{"<3>", e.stderr}),
-	}), nil
+	}, &pace{}}), nil
 }
+
+// flowLines is how many lines about flows are written in a second. A disk that
+// cannot follow must not hold up those who write them.
+const flowLines = 500
+
+// paced leaves out lines about flows that come faster than flowLines, and says
+// how many it has left out with the next one that it writes.
+type paced struct {
+	slog.Handler
+	pace *pace // that of all handlers made of this one
+}
+
+// pace counts the lines of a second.
+type pace struct {
+	mu            sync.Mutex
+	began         time.Time
+	written, left int
+}
+
+// take tells whether one more line may be written, and how many were left out
+// before it since that was said last.
+func (p *pace) take(now time.Time) (ok bool, left int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if d := now.Sub(p.began); d >= time.Second || d < 0 {
+		p.began, p.written = now, 0
+	}
+	if p.written == flowLines {
+		p.left++
+		return false, 0
+	}
+	p.written++
+	left, p.left = p.left, 0
+	return true, left
+}
+
+// Handle is that of slog.Handler.
+func (h paced) Handle(ctx context.Context, r slog.Record) error {
+	if r.Message != "flow" && r.Message != "session" {
+		return h.Handler.Handle(ctx, r)
+	}
+	ok, left := h.pace.take(r.Time)
+	if !ok {
+		return nil
+	}
+	if left > 0 {
+		note := slog.NewRecord(r.Time, slog.LevelWarn, "lines about flows were left out", 0)
+		note.AddAttrs(slog.Int("lines", left))
+		if err := h.Handler.Handle(ctx, note); err != nil {
+			return err
+		}
+	}
+	return h.Handler.Handle(ctx, r)
+}
+
+// WithAttrs is that of slog.Handler.
+func (h paced) WithAttrs(a []slog.Attr) slog.Handler { return paced{h.Handler.WithAttrs(a), h.pace} }
+
+// WithGroup is that of slog.Handler.
+func (h paced) WithGroup(name string) slog.Handler { return paced{h.Handler.WithGroup(name), h.pace} }
 
 // toJournal tells whether standard error is the stream to the journal that
 // JOURNAL_STREAM names by device and inode (systemd.exec(5)).

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -96,5 +97,35 @@ func TestDumpState(t *testing.T) {
 	<-done
 	if n := strings.Count(out.String(), `"msg":"state","status":{"flows":3}`); n == 0 || n != strings.Count(out.String(), "\n") {
 		t.Errorf("%s", out.String())
+	}
+}
+
+// TestPaced: lines about flows are counted by the second, others are not, and
+// what was left out is told.
+func TestPaced(t *testing.T) {
+	var out bytes.Buffer
+	h := slog.Handler(paced{slog.NewTextHandler(&out, nil), &pace{}})
+	other := h.WithAttrs([]slog.Attr{slog.String("part", "gateway")})
+	write := func(h slog.Handler, at time.Duration, msg string) {
+		t.Helper()
+		if err := h.Handle(context.Background(), slog.NewRecord(time.Unix(1000, 0).Add(at), slog.LevelInfo, msg, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range flowLines + 7 {
+		write([]slog.Handler{h, other}[i%2], time.Millisecond, "flow")
+		write(h, time.Millisecond, "reloaded")
+	}
+	if n := strings.Count(out.String(), "msg=flow"); n != flowLines {
+		t.Errorf("%d lines in a second, want %d", n, flowLines)
+	}
+	if n := strings.Count(out.String(), "msg=reloaded"); n != flowLines+7 {
+		t.Errorf("%d other lines, want all %d", n, flowLines+7)
+	}
+	out.Reset()
+	write(other, 2*time.Second, "session")
+	write(other, 2*time.Second, "session")
+	if text := out.String(); strings.Count(text, "msg=session") != 2 || strings.Count(text, "lines=7") != 1 {
+		t.Errorf("in the next second:\n%s", text)
 	}
 }

@@ -14,9 +14,10 @@ var version = ""
 
 func versionCommand(e *env) *cobra.Command {
 	return &cobra.Command{
-		Use:   "version",
-		Short: "Print the version, that of Go, and what the kernel can do",
-		Args:  cobra.NoArgs,
+		Use:     "version",
+		Short:   "Print the version, that of Go, and what the kernel can do",
+		Example: "  tproxyd version",
+		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			fmt.Fprintf(e.stdout, "tproxyd %s\n%s %s/%s\n", buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 			for _, a := range redirect.Abilities() {
