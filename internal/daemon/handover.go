@@ -28,6 +28,10 @@ type call struct {
 	pid int
 }
 
+// callLimit is how long a process waits for one before it, which may just have
+// failed: what it had then goes back first.
+const callLimit = time.Second
+
 // called hears what a process wants that has asked for the daemon's place, and
 // passes it on to the task that hands it over. It runs in the request's
 // goroutine, until ctx ends at the latest.
@@ -48,8 +52,10 @@ func (d *Daemon) called(ctx context.Context, u *net.UnixConn) {
 	c.pid = pid
 	select {
 	case d.calls <- c:
-	default:
+	case <-time.After(callLimit):
 		refuse(c.Conn, false, "another process is taking over")
+	case <-ctx.Done():
+		c.Close()
 	}
 }
 
