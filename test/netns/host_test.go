@@ -55,8 +55,11 @@ func newHost(t testing.TB, name string) *host {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("unshare: %w", err)
 		}
-		if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
+		if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("private mounts: %w", err)
+		}
+		if err := leaveChroot(); err != nil {
+			return fmt.Errorf("leave the chroot: %w", err)
 		}
 		if err := unix.Mount("run", "/run", "tmpfs", 0, "mode=755"); err != nil {
 			return fmt.Errorf("/run: %w", err)
@@ -68,6 +71,46 @@ func newHost(t testing.TB, name string) *host {
 	h.sysctl(t, "net.ipv6.conf.all.accept_dad", "0")
 	h.ip(t, "link set lo up")
 	return h
+}
+
+// leaveChroot makes the root directory of the calling thread, which is in a mount
+// namespace of its own, the root of that namespace too. A process in a chroot
+// may not make user namespaces (user_namespaces(7)), which programs of the tests
+// do; on a machine whose root is no chroot this changes nothing.
+func leaveChroot() error {
+	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(root)
+	ns, err := unix.Open("/proc/thread-self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(ns)
+	if err := unix.Setns(ns, unix.CLONE_NEWNS); err != nil { // to the root of the namespace
+		return err
+	}
+	var inside, outside unix.Stat_t
+	if err := errors.Join(unix.Fstat(root, &inside), unix.Stat("/", &outside)); err != nil {
+		return err
+	}
+	if inside.Dev == outside.Dev && inside.Ino == outside.Ino {
+		return nil
+	}
+	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
+		return err
+	}
+	if err := unix.Fchdir(root); err != nil {
+		return err
+	}
+	if err := unix.PivotRoot(".", "."); err != nil { // the old one on top of the new one
+		return err
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return err
+	}
+	return unix.Chdir("/")
 }
 
 // close ends the workers, the thread and with it every process of the machine.
