@@ -130,15 +130,18 @@ func (w *udpWorld) openFor(ctx context.Context, client, server netip.AddrPort, c
 		}
 	}
 	o, err := outletTo(server)
-	if err == nil && controlled {
+	if err != nil {
+		return o, err
+	}
+	// At once, since the port may have been another client's, and what the server
+	// answers there is this one's from now on.
+	w.mu.Lock()
+	w.owner[netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), o.Socket.LocalAddrPort().Port())] = client
+	w.mu.Unlock()
+	if controlled {
 		if err = control(ctx, &o); err != nil {
 			o.Socket.Close()
 		}
-	}
-	if err == nil {
-		w.mu.Lock()
-		w.owner[netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), o.Socket.LocalAddrPort().Port())] = client
-		w.mu.Unlock()
 	}
 	return o, err
 }
