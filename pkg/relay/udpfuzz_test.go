@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -40,6 +41,7 @@ func FuzzUDP(f *testing.F) {
 
 const (
 	worldClients = 4
+	worldServers = worldClients // of worldHost
 	worldPort    = 20777
 )
 
@@ -78,9 +80,9 @@ func newUDPWorld(t *testing.T) *udpWorld {
 	w.SetLimits(w.o.tick*5, w.o.tick*2)
 	w.far = w.controls()
 	control := w.open
-	w.direct, w.relay = w.socket("127.0.0.1:0"), w.socket("127.0.0.1:0")
+	w.direct, w.relay = w.socket(worldHost(worldServers)), w.socket(worldHost(worldServers))
 	for i := range w.sockets {
-		w.sockets[i] = w.socket("127.0.0.1:0")
+		w.sockets[i] = w.socket(worldHost(i))
 		w.addrs[i] = rawName(unix.SYS_GETSOCKNAME, w.sockets[i])
 	}
 	w.decides(func(v *Verdict, client, dst netip.AddrPort) {
@@ -129,15 +131,17 @@ func (w *udpWorld) openFor(ctx context.Context, client, server netip.AddrPort, c
 			return Outlet{}, err
 		}
 	}
+	// In one piece, since the port may have been another client's, and what the
+	// server answers there is this one's from now on.
+	w.mu.Lock()
 	o, err := outletTo(server)
+	if err == nil {
+		w.owner[netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), o.Socket.LocalAddrPort().Port())] = client
+	}
+	w.mu.Unlock()
 	if err != nil {
 		return o, err
 	}
-	// At once, since the port may have been another client's, and what the server
-	// answers there is this one's from now on.
-	w.mu.Lock()
-	w.owner[netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), o.Socket.LocalAddrPort().Port())] = client
-	w.mu.Unlock()
 	if controlled {
 		if err = control(ctx, &o); err != nil {
 			o.Socket.Close()
@@ -146,12 +150,20 @@ func (w *udpWorld) openFor(ctx context.Context, client, server netip.AddrPort, c
 	return o, err
 }
 
-func (w *udpWorld) socket(at string) int {
+// worldHost is the address of a client or of the servers. Each has its own, since
+// a port of 127.0.0.1, where outlets are, can have been an outlet's that is still
+// answered, here or in a process that fuzzes beside this one.
+func worldHost(i int) netip.Addr {
+	pid := os.Getpid()
+	return netip.AddrFrom4([4]byte{127, byte(128 + pid>>8&127), byte(pid), byte(1 + i)})
+}
+
+func (w *udpWorld) socket(at netip.Addr) int {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	if e := rawAddr(unix.SYS_BIND, fd, netip.MustParseAddrPort(at)); e != 0 {
+	if e := rawAddr(unix.SYS_BIND, fd, netip.AddrPortFrom(at, 0)); e != 0 {
 		w.t.Fatal(e)
 	}
 	return fd
@@ -202,12 +214,12 @@ func (w *udpWorld) step(op, a, b byte) {
 	case op < 27:
 		what = "a client comes back with another socket"
 		unix.Close(w.sockets[client])
-		w.sockets[client] = w.socket("127.0.0.1:0")
+		w.sockets[client] = w.socket(worldHost(client))
 		w.addrs[client] = rawName(unix.SYS_GETSOCKNAME, w.sockets[client])
 	case op < 28:
 		what = "the server's relay comes back elsewhere"
 		unix.Close(w.relay)
-		relay := w.socket("127.0.0.1:0")
+		relay := w.socket(worldHost(worldServers))
 		w.mu.Lock()
 		w.relay = relay
 		w.mu.Unlock()
@@ -251,9 +263,9 @@ func (w *udpWorld) clientSends(client int, dst netip.AddrPort, n int, alike bool
 // serverAnswers answers by an outlet, in one way or another. The text says who
 // may get it, and from whom.
 func (w *udpWorld) serverAnswers(o seenOutlet, how, n int) string {
-	w.mu.Lock()
+	w.mu.Lock() // until it is sent: the port stays whose it is
+	defer w.mu.Unlock()
 	client := w.owner[o.at]
-	w.mu.Unlock()
 	from := o.dst
 	var head []byte
 	switch how % 6 {
