@@ -73,7 +73,7 @@ func (d *Daemon) handOver(ctx context.Context, c *call, taking *part) (gone bool
 	began := time.Now()
 	e, left, err := d.part(taking)
 	if err == nil {
-		err = d.pass(ctx, c, e)
+		err = pass(ctx, c, e)
 	} else {
 		refuse(c.Conn, false, "%v", err)
 	}
@@ -177,21 +177,35 @@ func (d *Daemon) addSockets(e *estate) error {
 	return err
 }
 
-// pass gives the estate to the successor and returns when that serves.
-func (d *Daemon) pass(ctx context.Context, c *call, e *estate) error {
+// hurryLimit is how long a successor that may go has to serve, when this daemon is
+// told to stop meanwhile.
+const hurryLimit = 2 * time.Second
+
+var errStopped = errors.New("daemon: this one was told to stop")
+
+// pass gives the estate to the successor and returns when that serves. When ctx
+// ends it gives up, but not once it has said "go": the successor may serve by
+// then, and only what it says, or its end, tells whose the kernel's table is.
+func pass(ctx context.Context, c *call, e *estate) error {
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	c.SetDeadline(time.Now().Add(stepLimit))
-	if err := c.Send(handover.Message{Body: e, Blob: e.log, Files: e.files}); err != nil {
+	err := c.Send(handover.Message{Body: e, Blob: e.log, Files: e.files})
+	if err == nil {
+		c.SetDeadline(time.Now().Add(stepLimit)) // its own time, however large that was
+		err = c.hear(wordPrepared)
+	}
+	if !stop() {
+		return errStopped
+	}
+	if err == nil {
+		err = c.say(wordGo)
+	}
+	if err != nil {
 		return err
 	}
-	c.SetDeadline(time.Now().Add(stepLimit)) // its own time, however large that was
-	if err := c.hear(wordPrepared); err != nil {
-		return err
-	}
-	if err := c.say(wordGo); err != nil {
-		return err
-	}
+	hurry := context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Now().Add(hurryLimit)) })
+	defer hurry()
 	return c.hear(wordServing)
 }
 

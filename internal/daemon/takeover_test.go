@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -203,4 +205,67 @@ func TestTakeoverOfNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.release(true)
+}
+
+// TestStopWhileHandedOver: a daemon that is told to stop gives up before "go", and
+// hears what becomes of its place after it.
+func TestStopWhileHandedOver(t *testing.T) {
+	t.Parallel()
+	prepared := func(c *call) error { return errors.Join(c.say(wordPrepared), c.hear(wordGo)) }
+	for name, tt := range map[string]struct {
+		before, after func(c *call) error // the stop, at the successor
+		want          error               // nil: it serves
+	}{
+		"before it is prepared": {func(c *call) error { return nil }, func(c *call) error {
+			if prepared(c) == nil {
+				return errors.New("it may go")
+			}
+			return nil
+		}, errStopped},
+		"before it serves": {prepared, func(c *call) error {
+			time.Sleep(20 * time.Millisecond)
+			return c.say(wordServing)
+		}, nil},
+		"it is silent": {prepared, func(c *call) error { return nil }, os.ErrDeadlineExceeded},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			old, successor := twoEnds(t)
+			ctx, cancel := context.WithCancel(context.Background())
+			passed := make(chan error, 1)
+			go func() { passed <- pass(ctx, old, &estate{}) }()
+			_, err := successor.Receive(&estate{})
+			if err == nil {
+				err = tt.before(successor)
+			}
+			cancel()
+			if err = errors.Join(err, tt.after(successor)); err != nil {
+				t.Error(err)
+			}
+			if err := <-passed; !errors.Is(err, tt.want) {
+				t.Errorf("%v, want %v", err, tt.want)
+			}
+		})
+	}
+}
+
+// twoEnds returns a connection between two processes that are this one.
+func twoEnds(t *testing.T) (old, successor *call) {
+	t.Helper()
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	a, err := net.DialUnix("unix", nil, ln.Addr().(*net.UnixAddr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close() })
+	b, err := ln.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.Close() })
+	return &call{Conn: handover.New(a)}, &call{Conn: handover.New(b)}
 }
