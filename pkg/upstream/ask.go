@@ -91,7 +91,10 @@ func (p *Pool) carryAny(ctx context.Context, s *Server, h *health, r Request, so
 		end = sooner(end, time.Now().Add(soft))
 	}
 	if ahead >= PipelineGreeting && s.Protocol == Socks5 {
-		return p.pipelined(ctx, s, h, r, end, ahead)
+		c, greeted, err := p.pipelined(ctx, s, h, r, end, ahead)
+		if greeted || !h.unlearn(s, err) || ctx.Err() != nil {
+			return c, err
+		}
 	}
 	t, proto, err := p.ready(ctx, s, end)
 	if err != nil {
@@ -185,16 +188,17 @@ func ended(err error) error {
 	return err
 }
 
-// pipelined connects and sends all messages at once.
-func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, end time.Time, ahead Pipeline) (*Carried, error) {
+// pipelined connects and sends all messages at once. Greeted is false if that was
+// for nothing and a server that takes one after the other may do better.
+func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, end time.Time, ahead Pipeline) (c *Carried, greeted bool, err error) {
 	start := time.Now()
 	conn, err := p.reach(ctx, s, end)
 	if err != nil {
-		return nil, err
+		return nil, true, err
 	}
 	t := talkOn(ctx, conn)
 	early := r.said(ahead, 0)
-	err = t.step(end, "greeting", func() (err error) {
+	err = t.step(sooner(end, h.soonest(s)), "greeting", func() (err error) {
 		if err = socks.SendPipelined(conn, r.To, s.Auth, early); err == nil {
 			early, err = p.later(conn, s, r, ahead, early)
 		}
@@ -203,17 +207,18 @@ func (p *Pool) pipelined(ctx context.Context, s *Server, h *health, r Request, e
 		}
 		return err
 	})
-	if err == nil {
+	if greeted = err == nil; greeted {
 		h.took(time.Since(start))
+		h.learn(s)
 		err = t.step(time.Now().Add(p.options.Load().HandshakeTimeout), "request", func() error {
 			_, err := socks.ReadReply(conn)
 			return ended(err)
 		})
 	}
 	if err = t.done(err); err != nil {
-		return nil, err
+		return nil, greeted, err
 	}
-	return h.carries(&Carried{Conn: conn, Server: s, Sent: len(early)}), nil
+	return h.carries(&Carried{Conn: conn, Server: s, Sent: len(early)}), true, nil
 }
 
 // ready returns a connection to s that can be asked for a destination, and in

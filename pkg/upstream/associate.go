@@ -145,9 +145,12 @@ func (p *Pool) associate(ctx context.Context, s *Server, h *health, soft time.Du
 		if err != nil {
 			return nil, err
 		}
-		return h.associates(p.associateOn(talkOn(ctx, conn), s, func(conn net.Conn, from netip.AddrPort) (netip.AddrPort, error) {
+		a, err := p.associateOn(talkOn(ctx, conn), s, func(conn net.Conn, from netip.AddrPort) (netip.AddrPort, error) {
 			return socks.Associate(conn, from, socks.Options{Auth: s.Auth, Pipeline: true})
-		}))
+		})
+		if !h.unlearn(s, err) || ctx.Err() != nil {
+			return h.associates(a, err)
+		}
 	}
 	t, proto, err := p.ready(ctx, s, end)
 	if err != nil {

@@ -117,6 +117,7 @@ func (h *health) note(v verdict, err error) {
 	case fault:
 		h.faults++
 		h.half = false
+		h.forget()
 		if h.fails++; h.fails < o.MaxFail {
 			return
 		}

@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -20,6 +21,8 @@ import (
 type far struct {
 	heard
 	segments bool
+	mute     bool // if more than a greeting comes in one segment
+	near     bool // as far as a SYN can tell
 	reply    string
 	dials    int
 }
@@ -76,7 +79,9 @@ func newLater(c net.Conn) *later {
 }
 
 func (f *far) serve(ctx context.Context) (net.Conn, error) {
-	time.Sleep(2 * half) // SYN
+	if !f.near {
+		time.Sleep(2 * half) // SYN
+	}
 	f.mu.Lock()
 	f.dials++
 	f.mu.Unlock()
@@ -92,9 +97,14 @@ func (f *far) serve(ctx context.Context) (net.Conn, error) {
 				if err != nil {
 					return nil
 				}
+				f.mu.Lock()
+				if f.mute && k == len(greet5+ask5) {
+					k = 0
+				}
 				if in = append(in, buf[:k]...); f.segments && len(in) > n {
 					in = in[:n] // what is more in a segment is lost
 				}
+				f.mu.Unlock()
 			}
 			m := in[:n]
 			in = in[n:]
@@ -153,6 +163,19 @@ func firstByte(t *testing.T, p *Pool, s *Server) time.Duration {
 	return time.Since(start)
 }
 
+// named has p know a server with a name as long as the target's is, so that f knows
+// the length of a request.
+func (l *lab) named(p *Pool, f *far) *Server {
+	l.hosts["192.0.2.1:443"] = f.serve
+	o := *p.options.Load()
+	o.Resolve = func(context.Context, string) ([]netip.Addr, error) {
+		return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, nil
+	}
+	s := &Server{Name: "s", Host: "example.org", Addr: netip.AddrPortFrom(netip.Addr{}, 443)}
+	p.Configure(o, []*Server{s})
+	return s
+}
+
 // TestFirstByte counts round trips of 40 ms: the first flow makes its connection,
 // the next one finds a warm one.
 func TestFirstByte(t *testing.T) {
@@ -177,16 +200,11 @@ func TestFirstByte(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := &far{segments: tt.segments, reply: granted}
-				l := &lab{hosts: map[string]behaviour{addrA: f.serve}}
+				l := &lab{hosts: map[string]behaviour{}}
 				p := l.pool(t, Options{Probe: tt.probe})
-				// As long as the target's name is, so that the server knows the length of a request.
-				s := &Server{Name: "s", Host: "example.org", Addr: netip.AddrPortFrom(netip.Addr{}, 443), Pipeline: tt.pipeline, Cold: strings.Contains(tt.name, "warm=off")}
-				l.hosts["192.0.2.1:443"] = f.serve
-				o := *p.options.Load()
-				o.Resolve = func(context.Context, string) ([]netip.Addr, error) {
-					return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, nil
-				}
-				p.Configure(o, []*Server{s})
+				s := l.named(p, f)
+				s.Pipeline, s.Cold = tt.pipeline, strings.Contains(tt.name, "warm=off")
+				p.Configure(*p.options.Load(), []*Server{s})
 				if got := firstByte(t, p, s); got != time.Duration(tt.first)*trip {
 					t.Errorf("the first flow took %v, want %d round trips", got, tt.first)
 				}
@@ -205,6 +223,53 @@ func TestFirstByte(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestBusy: what a server that is near can be sent ahead is found out when it is
+// asked a lot, and forgotten when it turns out to be another now.
+func TestBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &far{near: true, reply: granted}
+		l := &lab{hosts: map[string]behaviour{}}
+		p := l.pool(t, Options{})
+		s := l.named(p, f)
+		flows := func(n, trips int, learned string) {
+			t.Helper()
+			for range n {
+				if got := firstByte(t, p, s); got != time.Duration(trips)*2*half {
+					t.Fatalf("a flow took %v, want %d round trips", got, trips)
+				}
+			}
+			time.Sleep(10 * time.Second) // what there is to be learned is known
+			if st := p.Status([]*Server{s})[0]; st.Pipeline != learned || !st.Up {
+				t.Fatalf("%+v, want %q", st, learned)
+			}
+		}
+		flows(learnBusy, 3, "")
+		flows(1, 3, "greeting")
+		flows(20, 2, "greeting")
+		f.mu.Lock()
+		f.segments = true
+		f.mu.Unlock()
+		if _, err := p.Connect(t.Context(), &Group{Servers: []*Server{s}}, Request{To: target}); !errors.Is(err, errSilent) {
+			t.Fatal(err)
+		}
+		flows(20, 3, "off")
+		time.Sleep(learnPause)
+		f.mu.Lock()
+		f.segments = false
+		f.mu.Unlock()
+		flows(1, 3, "greeting")
+		f.mu.Lock()
+		f.mute = true
+		f.mu.Unlock()
+		start := time.Now()
+		firstByte(t, p, s)
+		if took := time.Since(start); took > 2*softLeast {
+			t.Errorf("a server that does not greet any more as it did cost a flow %v", took)
+		}
+		flows(1, 3, "off")
+	})
 }
 
 // TestEarlyReplay: what was sent ahead to a server that then failed is sent to
