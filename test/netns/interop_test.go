@@ -456,7 +456,7 @@ func (r *interopRun) bind() (outcome, error) {
 	c, err := r.gateway.dial("tcp", socks1At+":1080", time.Second)
 	r.gateway.must(r.t, err)
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(time.Second))
+	c.SetDeadline(time.Now().Add(5 * time.Second))
 	from := flow.Target{Addr: netip.MustParseAddr(outsideAt)}
 	var bound netip.AddrPort
 	accept := socks.AcceptBind
@@ -473,6 +473,10 @@ func (r *interopRun) bind() (outcome, error) {
 		return lacks, err
 	}
 	peer, err := r.outside.dial("tcp", bound.String(), time.Second)
+	for end := time.Now().Add(time.Second); errors.Is(err, syscall.ECONNREFUSED) && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond) // hpsockd announces first and listens then
+		peer, err = r.outside.dial("tcp", bound.String(), time.Second)
+	}
 	if err != nil {
 		return drops, err // announced, but in vain
 	}
