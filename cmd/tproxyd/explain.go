@@ -30,7 +30,7 @@ line is the verdict: DIRECT, DENY, or an action with its servers as they are
 written in the rule.
 
 Without --if the flow is one of this host. Its process is unknown unless --uid,
---gid or --cgroup say something of it.`,
+--gid, --cgroup or --program say something of it.`,
 		Example: "  tproxyd explain www.example.org:80\n  tproxyd explain --routes socks.cnf --src 10.1.2.3 '[2001:db8::1]:443'\n  tproxyd explain --uid www-data --cgroup /system.slice/web.service 203.0.113.1:80",
 		Args:    cobra.ExactArgs(1),
 	}

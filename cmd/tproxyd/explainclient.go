@@ -17,6 +17,7 @@ import (
 type clientFlags struct {
 	src, inIf, mark, mac string
 	uid, gid, cgroup     string
+	program              string
 }
 
 func (w *clientFlags) flags(c *cobra.Command) {
@@ -27,6 +28,7 @@ func (w *clientFlags) flags(c *cobra.Command) {
 	c.Flags().StringVar(&w.uid, "uid", "", "`USER` of the process, a name or a number")
 	c.Flags().StringVar(&w.gid, "gid", "", "`GROUP` of the process, a name or a number")
 	c.Flags().StringVar(&w.cgroup, "cgroup", "", "`PATH` of the process's cgroup, as /system.slice/web.service")
+	c.Flags().StringVar(&w.program, "program", "", "`FILE` that the process executes, as /usr/bin/ssh")
 }
 
 // unknownID is the number that no user and no group has.
@@ -56,11 +58,15 @@ func (w *clientFlags) apply(f *flow.Flow) (err error) {
 		}
 		f.Mark = uint32(n)
 	}
-	if w.uid+w.gid+w.cgroup == "" {
+	f.Program = w.program
+	if w.uid+w.gid+w.cgroup+w.program == "" {
 		return nil
 	}
 	if w.inIf+w.mac != "" {
-		return errors.New("a flow of a process of this host enters by no interface: --if and --mac do not go with --uid, --gid and --cgroup")
+		return errors.New("a flow of a process of this host enters by no interface: --if and --mac do not go with --uid, --gid, --cgroup and --program")
+	}
+	if w.uid+w.gid+w.cgroup == "" {
+		return nil
 	}
 	return w.process(&f.Owner)
 }

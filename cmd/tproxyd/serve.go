@@ -85,7 +85,7 @@ func (e *env) enterSandbox(setup *daemon.Setup, log *slog.Logger) {
 	for _, dir := range filepath.SplitList(e.getenv("SSL_CERT_DIR")) {
 		read = append(read, filepath.Join(dir, "ca.pem"))
 	}
-	for _, what := range sandbox.Enter(sandbox.Files{Read: sandbox.Folders(read...), Write: sandbox.Folders(write...)}) {
+	for _, what := range sandbox.Enter(sandbox.Files{Read: sandbox.Folders(read...), Write: sandbox.Folders(write...), Processes: setup.NamesPrograms()}) {
 		log.Warn("the sandbox is weaker than it could be", "missing", what)
 	}
 }

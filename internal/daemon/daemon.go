@@ -118,6 +118,9 @@ func (d *Daemon) open(e *estate) (err error) {
 	if d.engine, err = relay.New(relay.Options{Log: part("relay")}); err != nil {
 		return err
 	}
+	if err := d.setup.mayFindPrograms(); err != nil {
+		return err
+	}
 	if err := d.inside(func() error { return d.listen(e, part("redirect")) }); err != nil {
 		return err
 	}
@@ -163,6 +166,7 @@ func (d *Daemon) open(e *estate) (err error) {
 		Gone:      gone,
 		Index:     d.kernel.InterfaceName,
 		Who:       d.who,
+		Program:   d.kernel.Program,
 		Own:       d.ownListener,
 		Admit:     d.admit(),
 		Log:       part("gateway"),

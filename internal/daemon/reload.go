@@ -61,6 +61,9 @@ func (d *Daemon) put(next *Setup) error {
 	if err != nil {
 		return err
 	}
+	if err := next.mayFindPrograms(); err != nil {
+		return err
+	}
 	d.admitting.Lock()
 	defer d.admitting.Unlock()
 	kernel := kernelPlan(next, d.ports())

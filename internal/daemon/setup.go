@@ -12,6 +12,7 @@ import (
 	"github.com/tproxyd/tproxyd/internal/config"
 	"github.com/tproxyd/tproxyd/internal/gateway"
 	"github.com/tproxyd/tproxyd/internal/watch"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 	"github.com/tproxyd/tproxyd/pkg/socks"
 )
@@ -147,7 +148,7 @@ func localLoops(t *routes.Table, c *config.Config) (diags routes.Diagnostics) {
 		diags = append(diags, routes.Diagnostic{
 			File: l.Server.File, Line: l.Server.Line, Col: l.Server.Col, Severity: routes.Warning, Code: "E14",
 			Msg: fmt.Sprintf("server %s is a program of this host, whose own flows are intercepted too ([intercept] local = true) and come back to it by %s: proxy loop; "+
-				"make it DIRECT before, as by EXCLUDE-MODULE UNIT.service or DIRECT * uid=USER", l.Server.Name, l.Rule.Position()),
+				"make it DIRECT before, as by EXCLUDE-MODULE UNIT.service, EXCLUDE-MODULE PROGRAM or DIRECT * uid=USER", l.Server.Name, l.Rule.Position()),
 		})
 	}
 	return diags
@@ -174,7 +175,7 @@ func rulesOfNobody(t *routes.Table, c *config.Config) (diags routes.Diagnostics)
 		warn := func(msg string) {
 			diags = append(diags, routes.Diagnostic{File: r.File, Line: r.Line, Col: 1, Severity: routes.Warning, Code: "W07", Msg: msg})
 		}
-		if len(r.UIDs)+len(r.GIDs)+len(r.Cgroups) > 0 && !c.Intercept.Local {
+		if (len(r.UIDs)+len(r.GIDs)+len(r.Cgroups) > 0 || r.Program != "") && !c.Intercept.Local {
 			warn("rule for this host's own processes, but their flows are not intercepted: [intercept] local = false")
 		}
 		for _, m := range r.Marks {
@@ -184,6 +185,20 @@ func rulesOfNobody(t *routes.Table, c *config.Config) (diags routes.Diagnostics)
 		}
 	}
 	return diags
+}
+
+// NamesPrograms tells whether serving takes a look at other processes.
+func (s *Setup) NamesPrograms() bool { return s.Config.Intercept.Local && len(s.Table.Programs()) > 0 }
+
+// mayFindPrograms tells what is missing for the programs that rules name. In an
+// enclosed namespace they are ours to look at.
+func (s *Setup) mayFindPrograms() error {
+	if !s.NamesPrograms() || s.enclosure != nil || redirect.MayFindPrograms() {
+		return nil
+	}
+	r := s.Table.Rules()[0] // such rules are the first ones
+	return &restartError{fmt.Sprintf("%s: %s: this process may not see what others execute: that takes CAP_SYS_PTRACE (in the unit: CapabilityBoundingSet=), "+
+		"and a start with such a rule, since the sandbox of one without gives it up", r.Position(), r.Text)}
 }
 
 // auth returns the user name and password of a credential; nil: there is none.

@@ -37,6 +37,7 @@ func kernelPlan(s *Setup, ports redirect.Ports) redirect.Plan {
 		Table:      c.Intercept.Table,
 		Synthetic:  []netip.Prefix{c.DNS.Pool4, c.DNS.Pool6},
 	}
+	p.DivertDenied = s.Table != nil && len(s.Table.Programs()) > 0 && p.Local && ports != (redirect.Ports{})
 	if s.Table != nil && s.Table.UsesWho() && ports != (redirect.Ports{}) {
 		p.Who = &redirect.Who{Cgroups: s.Table.Cgroups()}
 	}

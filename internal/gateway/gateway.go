@@ -59,6 +59,7 @@ type Options struct {
 	Gone      func(*relay.Conn) bool                                         // has its peer reset it, or was it closed here?
 	Index     func(ifindex int) string                                       // name of an interface; empty: this host's own
 	Who       func(f *flow.Flow) error                                       // completes Mark, MAC and Owner of a flow that has all else
+	Program   func(f *flow.Flow, named []string) error                       // completes Program of a flow of this host that has all else
 	Own       func(netip.AddrPort) bool                                      // is it a listener of ours?
 	Admit     func([]Admission) error                                        // into the kernel's DIRECT set, before it returns; nil: there is none, and names that are DIRECT have synthetic addresses
 	Log       *slog.Logger                                                   // nil: silent
@@ -173,10 +174,8 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 	if f.InIf, err = g.o.Interface(c, p.table.UsesInterfaces()); err != nil {
 		return nil, err
 	}
-	if p.table.UsesWho() {
-		if err := g.o.Who(f); err != nil {
-			return nil, err
-		}
+	if err := g.client(l); err != nil {
+		return nil, err
 	}
 	if err := g.name(l); err != nil {
 		return nil, err
@@ -198,6 +197,21 @@ func (g *Gateway) connect(ctx context.Context, l *live, c *relay.Conn) (conn net
 	}
 	l.via = l.up.Server
 	return l.up.Conn, nil
+}
+
+// client completes a flow, of which InIf is there, by what the rules ask of who it
+// is from.
+func (g *Gateway) client(l *live) error {
+	t := l.plan.table
+	if t.UsesWho() {
+		if err := g.o.Who(&l.flow); err != nil {
+			return err
+		}
+	}
+	if named := t.Programs(); len(named) > 0 && l.flow.InIf == "" {
+		return g.o.Program(&l.flow, named)
+	}
+	return nil
 }
 
 // earlySize is how much of what a client says may be sent ahead of the server's

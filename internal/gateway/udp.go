@@ -55,10 +55,8 @@ func (g *Gateway) decideUDP(l *live, ifIndex int) (v relay.Verdict, err error) {
 			return v, err
 		}
 	}
-	if l.plan.table.UsesWho() {
-		if err := g.o.Who(f); err != nil {
-			return v, err
-		}
+	if err := g.client(l); err != nil {
+		return v, err
 	}
 	if err := g.name(l); err != nil {
 		return v, err

@@ -178,15 +178,18 @@ func TestManOptions(t *testing.T) {
 	among(t, "man/tproxyd-socks.cnf.5", "\nOptions:\n", ".Ss ", regexp.MustCompile(`(?m)^\.It Ic ([a-z]+)`), have)
 }
 
-// TestManCapabilities: tproxyd(8) explains what the unit leaves.
+// TestManCapabilities: tproxyd(8) explains what the unit leaves, and what it offers in
+// a comment.
 func TestManCapabilities(t *testing.T) {
-	rights := regexp.MustCompile(`(?m)^CapabilityBoundingSet=(.+)$`).FindStringSubmatch(read(t, "deploy/tproxyd.service"))
-	if rights == nil {
+	lines := regexp.MustCompile(`(?m)^#?CapabilityBoundingSet=(.+)$`).FindAllStringSubmatch(read(t, "deploy/tproxyd.service"), -1)
+	if lines == nil {
 		t.Fatal("deploy/tproxyd.service has no CapabilityBoundingSet")
 	}
 	want := map[string]bool{}
-	for _, r := range strings.Fields(rights[1]) {
-		want[r] = true
+	for _, rights := range lines {
+		for _, r := range strings.Fields(rights[1]) {
+			want[r] = true
+		}
 	}
 	among(t, "man/tproxyd.8", ".Sh CAPABILITIES", "\n.Sh ", regexp.MustCompile(`\b(CAP_[A-Z_]+)\b`), want)
 }

@@ -27,6 +27,10 @@ import (
 type Files struct {
 	Read  []string // folders and files to read
 	Write []string // folders to read, to make and remove files in and to write them
+
+	// Processes are to be looked at, in /proc: CAP_SYS_PTRACE is kept, and landlock,
+	// which does not let anybody do that, is not used. Nothing can be traced.
+	Processes bool
 }
 
 // system is what the standard library and the kernel's figures are read from.
@@ -51,7 +55,7 @@ func Enter(f Files) (missing []string) {
 		do   func() error
 	}{
 		{"no new rights", func() error { return every(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0) }},
-		{"capabilities", dropCapabilities},
+		{"capabilities", func() error { return dropCapabilities(f.Processes) }},
 		{"files (landlock)", func() error { return limitFiles(f) }},
 		{"system calls (seccomp)", limitCalls},
 	} {
@@ -71,7 +75,7 @@ func every(nr, a, b, c uintptr) error {
 }
 
 // dropCapabilities leaves what the process has of keep, and nothing to come by more.
-func dropCapabilities() error {
+func dropCapabilities(trace bool) error {
 	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var have [2]unix.CapUserData
 	if err := unix.Capget(&head, &have[0]); err != nil {
@@ -80,6 +84,9 @@ func dropCapabilities() error {
 	var kept [2]uint32
 	for _, c := range keep {
 		kept[c/32] |= 1 << (c % 32)
+	}
+	if trace {
+		kept[unix.CAP_SYS_PTRACE/32] |= 1 << (unix.CAP_SYS_PTRACE % 32)
 	}
 	if have[unix.CAP_SETPCAP/32].Effective&(1<<(unix.CAP_SETPCAP%32)) != 0 {
 		for c := uint(0); c < 64; c++ {
@@ -107,6 +114,9 @@ func limitFiles(f Files) error {
 		read  = landlock.AccessFSSet(ll.AccessFSReadFile | ll.AccessFSReadDir)
 		write = read | ll.AccessFSWriteFile | ll.AccessFSTruncate | ll.AccessFSRemoveFile | ll.AccessFSMakeReg | ll.AccessFSMakeSock
 	)
+	if f.Processes {
+		return nil
+	}
 	if v, err := ll.LandlockGetABIVersion(); err != nil || v < 1 {
 		return errors.New("not in this kernel")
 	}

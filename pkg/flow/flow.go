@@ -37,6 +37,7 @@ type Flow struct {
 	Mark    uint32         // packet mark that the flow came with, without the bits that are ours
 	MAC     MAC            // of the neighbour that it came from; zero: unknown, or the link has none
 	Owner   Owner          // of a flow of this host's own; the zero value: unknown, or it is not
+	Program string         // likewise: what its process executes, as rules name it; empty: unknown, or none that they name
 }
 
 // Owner is the process that opened a flow of this host.

@@ -28,8 +28,11 @@ type nfnl struct {
 const netlinkBuffer = 64 << 20
 
 // dialNfnl connects in the network namespace of the calling thread.
-func dialNfnl() (*nfnl, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+func dialNfnl() (*nfnl, error) { return dialNetlink(unix.NETLINK_NETFILTER) }
+
+// dialNetlink connects to a family of netlink.
+func dialNetlink(family int) (*nfnl, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, family)
 	if err != nil {
 		return nil, fmt.Errorf("redirect: netlink socket: %w", err)
 	}
@@ -236,13 +239,28 @@ func eachMessage(b []byte, f func(h netlink.Header, data []byte) error) error {
 // query sends a request and gives the attributes of each answer to f. With
 // dump there are any number of answers, without it one.
 func (c *nfnl) query(m netlink.Message, dump bool, f func(*netlink.AttributeDecoder) error) error {
+	return c.exchange(m, dump, func(data []byte) error {
+		if len(data) < 4 {
+			return nil
+		}
+		ad, err := netlink.NewAttributeDecoder(data[4:])
+		if err != nil {
+			return err
+		}
+		ad.ByteOrder = binary.BigEndian
+		return f(ad)
+	})
+}
+
+// exchange is query for answers of any form.
+func (c *nfnl) exchange(m netlink.Message, dump bool, f func(data []byte) error) error {
 	c.seq++
 	flags := netlink.Request | netlink.Acknowledge
 	if dump {
 		flags = netlink.Request | netlink.Dump
 	}
 	if err := unix.Sendto(c.fd, c.append(nil, m, flags, c.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return fmt.Errorf("redirect: nftables: %w", err)
+		return fmt.Errorf("redirect: netlink: %w", err)
 	}
 	var failed error
 	for done := false; !done; {
@@ -256,21 +274,14 @@ func (c *nfnl) query(m netlink.Message, dump bool, f func(*netlink.AttributeDeco
 			case netlink.Error:
 				failed, done = ackError(data), true
 			default:
-				if len(data) < 4 || failed != nil {
-					return nil
+				if failed == nil {
+					failed = f(data)
 				}
-				ad, err := netlink.NewAttributeDecoder(data[4:])
-				if err != nil {
-					failed = err
-					return nil
-				}
-				ad.ByteOrder = binary.BigEndian
-				failed = f(ad)
 			}
 			return nil
 		})
 		if err != nil {
-			return fmt.Errorf("redirect: nftables: no answer: %w", err)
+			return fmt.Errorf("redirect: netlink: no answer: %w", err)
 		}
 	}
 	return failed

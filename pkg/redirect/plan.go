@@ -92,6 +92,10 @@ type Plan struct {
 	Enclosed bool
 	Keep     []Kept // of an enclosed namespace: what stays as it is
 
+	// DivertDenied has what blocks deny of this host's own TCP and UDP diverted:
+	// user space knows of programs what no packet shows.
+	DivertDenied bool
+
 	Who *Who // what is to be known of those whose flows are diverted; nil: nothing
 
 	// Readmit, if not nil, is what the dynamic sets hold once the plan is in
@@ -103,7 +107,7 @@ type Plan struct {
 // pass does, what would be diverted is refused.
 func (p Plan) Closed() Plan {
 	p.Ports = Ports{}
-	p.Readmit, p.Who = nil, nil
+	p.Readmit, p.Who, p.DivertDenied = nil, nil, false
 	return p
 }
 

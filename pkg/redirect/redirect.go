@@ -51,6 +51,7 @@ type Redirect struct {
 	plan     *Plan            // what is in force; nil: nothing of ours
 	cgroups  cgroups          // that it names, as they were then
 	notebook *notebook        // for Who
+	programs *programs        // for Program
 	tallies  tallies          // what the table in force counts by tags
 	tallied  map[string]Count // what those before it have counted
 
@@ -85,6 +86,9 @@ func Open(o Options) (*Redirect, error) {
 	r.notebook = &notebook{}
 	if err == nil {
 		r.notebook.nf, err = dialNfnl()
+	}
+	if err == nil {
+		r.programs, err = dialPrograms()
 	}
 	if err == nil {
 		r.policy, err = dialPolicy()
@@ -436,6 +440,7 @@ func (r *Redirect) release() {
 		r.lock.Close()
 	}
 	r.notebook.close()
+	r.programs.close()
 	if r.nf != nil {
 		r.nf.close()
 	}

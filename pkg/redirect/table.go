@@ -51,6 +51,7 @@ type table struct {
 
 	cgroups cgroups // that the plan names, as they are
 	tallies tallies // what is counted by tags
+	appeals []rule  // see Plan.DivertDenied; their last statement is to be added
 }
 
 // newTable makes the table of a checked plan. Gen tells the sets of one plan
@@ -58,6 +59,10 @@ type table struct {
 // one of liveSets. Alive says that there is the table of that name.
 func newTable(p *Plan, gen, live string, alive bool, groups cgroups) (*table, error) {
 	t := &table{gen: "_" + gen, live: live, alive: alive, cgroups: groups, tallies: tallies{map[string]string{}, map[string]map[string]string{}}}
+	if p.DivertDenied {
+		m := p.Marks
+		t.appeals = []rule{{mark(m, m.Local()), proto(tcp)}, {mark(m, m.Local()), proto(udp)}}
+	}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
 			t.sets = append(t.sets, dynamicSet(admittedSet, f, q))
@@ -184,6 +189,9 @@ func (t *table) implicit(p *Plan) {
 func (t *table) unless(m Marks, name, then string) {
 	for _, suffix := range []string{"", finalSuffix} {
 		c := t.chain(name + suffix)
+		if name != "take" {
+			t.appeal(c, suffix)
+		}
 		c.add(jump("implicit"))
 		if suffix == "" {
 			if name == "take" {
@@ -192,6 +200,14 @@ func (t *table) unless(m Marks, name, then string) {
 			c.add(jump("admitted"))
 		}
 		c.add(going(then))
+	}
+}
+
+// appeal has what is about to be denied of this host itself taken, as far as user
+// space may know better.
+func (t *table) appeal(c *chain, suffix string) {
+	for _, r := range t.appeals {
+		c.add(append(slices.Clone(r), going("take"+suffix))...)
 	}
 }
 

@@ -60,6 +60,11 @@ func (t *table) refusal(name string, f family, l list, final bool) string {
 		return l.to
 	}
 	c := t.chain(name + f.digit())
+	suffix := finalSuffix
+	if !final {
+		suffix = ""
+	}
+	t.appeal(c, suffix)
 	c.add(jump("implicit"))
 	if !final {
 		c.add(jump("admitted"))

@@ -97,8 +97,10 @@ func (x *Explanation) name(t *Table, s *Surroundings, f flow.Flow) {
 		x.decide(t, f, t.Match(f))
 	case RealDirect:
 		x.DNS = "resolved here, real addresses, which enter the kernel's DIRECT set: " + v.Why
-		r := t.Match(f)
-		if r.ActionFor(f.Network) == Direct {
+		r := t.matchPacket(f)
+		if own := t.Match(f); r.ActionFor(f.Network) != Direct && own.Program != "" {
+			r, x.Kernel = own, found
+		} else if r.ActionFor(f.Network) == Direct {
 			x.Kernel = "DIRECT by the set of admitted addresses, never in user space"
 			x.addressRule(t, f, r)
 		} else {
@@ -132,6 +134,15 @@ const dnsPort = 53
 
 // synthetic is what the kernel does with a flow to a synthetic address.
 const synthetic = "diverted to user space, as every synthetic address"
+
+// found is what the kernel does with a flow of a program of EXCLUDE-MODULE.
+const found = "diverted to user space, which finds the program; this host dials for it"
+
+// matchPacket is Match by what a packet shows.
+func (t *Table) matchPacket(f flow.Flow) *Rule {
+	f.Program = ""
+	return t.Match(f)
+}
 
 // here is what user space does with a flow that a rule decides, if it does not
 // ask the rule's servers to carry it.
@@ -174,9 +185,18 @@ func (x *Explanation) address(t *Table, s *Surroundings, f flow.Flow) {
 		x.Rule, x.Implicit, x.Verdict = "implicit: "+implicit, implicit, "DIRECT"
 		return
 	}
+	by := t.matchPacket(f)
+	if rule.Program != "" && by.ActionFor(f.Network) != Direct {
+		x.Kernel = found
+		x.decide(t, f, rule)
+		return
+	}
+	rule = by
 	place := t.Place(f)
 	x.Place = &place
 	switch a := rule.ActionFor(f.Network); {
+	case a == Deny && f.InIf == "" && len(t.programs) > 0:
+		x.Kernel, x.Place = "diverted to user space, which looks for the program"+here(f, rule), nil
 	case a == Direct:
 		x.Kernel = "DIRECT in nftables, never in user space"
 	case a == Deny && rule.drops():
@@ -334,6 +354,9 @@ func describe(f flow.Flow) string {
 		if o.Cgroup != "" {
 			s += " in cgroup " + o.Cgroup
 		}
+	}
+	if f.Program != "" {
+		s += " by program " + f.Program
 	}
 	return s
 }

@@ -227,6 +227,7 @@ type Rule struct {
 	Protocols Protocols
 	Ports     []PortRange // sorted, disjoint; empty: any
 	Client                // who the flow is from
+	Program   string      // of EXCLUDE-MODULE: that of the flow's process, a path or a last part of one; no packet shows it
 	By        By
 	dest      dest
 

@@ -24,30 +24,41 @@ func (l *line) bindModule(t token) {
 	}
 }
 
-// excludeModule reads what of this host is DIRECT before all rules: a unit or a
-// cgroup. Which program a flow is from the kernel does not tell.
+// excludeModule reads what of this host is DIRECT before all rules: a unit, a
+// cgroup, or a program, which the kernel does not tell of a packet.
 func (l *line) excludeModule(t token) {
 	w, ok := l.module(t)
 	if !ok {
 		return
 	}
+	r := &Rule{File: l.file, Line: t.line, Text: l.text(), Action: Direct, col: t.col, number: l.diags.current}
 	name := strings.TrimPrefix(w.text, "/sys/fs/cgroup")
 	switch {
 	case isCgroup(name):
-		l.exclude(t, name)
+		r.Cgroups = []string{strings.TrimSuffix(name, "/")}
+		r.dest = dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
+		l.excluded = append(l.excluded, r)
 	case slices.Contains([]string{".exe", ".dll"}, strings.ToLower(path.Ext(name))):
 		l.warnf(t, "E27", "EXCLUDE-MODULE %s names a Windows program: kept as a tag, it has no effect", w.text)
+	case path.Clean(name) != name || strings.Contains(name, "/") && name[0] != '/':
+		l.errorf(w, "E29", "%q is neither a unit, a cgroup, nor a program: write tunnel.service, /machine.slice/web, /usr/bin/ssh or ssh", w.text)
 	default:
-		l.warnf(t, "E27", "EXCLUDE-MODULE %s has no effect: the kernel tells the user, the cgroup and the unit of a flow, not its program; write its unit, as %s.service, or a rule DIRECT * uid=USER",
-			w.text, path.Base(name))
+		r.Program = name
+		l.programs = append(l.programs, r)
 	}
+}
+
+// runs tells whether a program is the one that the rule names: by its path, or by
+// the last part of it.
+func (r *Rule) runs(program string) bool {
+	return program != "" && (r.Program == program || r.Program == path.Base(program))
 }
 
 // unitSuffixes are those of the units of systemd that are cgroups.
 var unitSuffixes = []string{".service", ".slice", ".scope", ".socket", ".mount", ".swap"}
 
 // programPlaces are where programs are and cgroups are not.
-var programPlaces = []string{"/usr/", "/bin/", "/sbin/", "/opt/", "/home/", "/snap/", "/root/", "/lib/"}
+var programPlaces = []string{"/usr/", "/bin/", "/sbin/", "/lib/", "/opt/", "/home/", "/root/", "/snap/", "/srv/", "/var/", "/run/", "/tmp/", "/mnt/", "/media/", "/nix/", "/gnu/"}
 
 // isCgroup tells whether a word names a unit or a cgroup: its path, or the end of
 // its path with a unit in it.
@@ -64,14 +75,6 @@ func isCgroup(name string) bool {
 	return clean[0] == '/' && !slices.ContainsFunc(programPlaces, func(p string) bool { return strings.HasPrefix(clean, p) })
 }
 
-// exclude makes the rule.
-func (l *line) exclude(t token, cgroup string) {
-	r := &Rule{File: l.file, Line: t.line, Text: l.text(), Action: Direct, col: t.col, number: l.diags.current}
-	r.Cgroups = []string{strings.TrimSuffix(cgroup, "/")}
-	r.dest = dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
-	l.excluded = append(l.excluded, r)
-}
-
 // Loop is a server on this host whose own flows would come back to it, where this
 // host's flows are intercepted.
 type Loop struct {
@@ -86,7 +89,7 @@ func (t *Table) Loops(own func(netip.Addr) bool) (list []Loop) {
 	seen := map[*Server]bool{}
 	for _, r := range t.rules {
 		switch {
-		case r.Action == Direct && r.own():
+		case r.Action == Direct && (r.own() || r.Program != ""):
 			return list
 		case !r.Action.proxied() || !r.anyone() || !r.anyAddress():
 			continue

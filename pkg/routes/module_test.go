@@ -61,3 +61,31 @@ func TestLoops(t *testing.T) {
 		}
 	}
 }
+
+// TestExcludeProgram: what a program of this host sends is DIRECT before all rules,
+// and nothing else of what is decided changes.
+func TestExcludeProgram(t *testing.T) {
+	rules := []string{"DENY * eq 25", "DENY *.deny.example reject=dns-refused", "DIRECT *.direct.example", "SOCKD5 @=192.0.2.1 *", "EXCLUDE-MODULE a.service"}
+	plain := mustParse(t, rules...)
+	table := mustParse(t, append(rules, "EXCLUDE-MODULE ssh", "EXCLUDE-MODULE /opt/vpn")...)
+	if got := fmt.Sprint(table.Programs(), table.UsesWho(), table.UsesInterfaces()); got != "[ssh /opt/vpn] true true" {
+		t.Error(got)
+	}
+	for program, want := range map[string]Action{"/usr/bin/ssh": Direct, "ssh": Direct, "/opt/vpn": Direct, "/usr/bin/openssh": Deny, "/usr/opt/vpn": Deny, "vpn": Deny, "": Deny} {
+		for _, f := range []flow.Flow{{Name: "www.example.org", Dst: netip.MustParseAddrPort("198.18.0.1:25")}, {Network: flow.UDP, Dst: netip.MustParseAddrPort("[2001:db8::7]:25")}} {
+			f.Program = program
+			if got := table.Match(f); got.Action != want {
+				t.Errorf("%s to %s: %v by %s, want %v", program, f.Target(), got.Action, got.Position(), want)
+			}
+		}
+	}
+	for _, name := range []string{"www.example.org", "a.deny.example", "a.direct.example"} {
+		client := flow.Flow{Program: "/usr/bin/ssh"}
+		if got, want := table.Name(name, client, LocalNames{}), plain.Name(name, client, LocalNames{}); got.Kind != want.Kind {
+			t.Errorf("%s is %v, want %v", name, got.Kind, want.Kind)
+		}
+	}
+	if got, want := len(table.Kernel()), len(plain.Kernel()); got != want {
+		t.Errorf("%d blocks, want %d", got, want)
+	}
+}

@@ -61,7 +61,7 @@ func (t *Table) around(f *flow.Flow) (about []*Rule, beside map[*Rule]string) {
 	if f.Name == "" {
 		return t.aroundAddress(f, beside), beside
 	}
-	about = slices.Concat(t.anyName, t.exact(f.Name))
+	about = slices.Concat(t.programs, t.anyName, t.exact(f.Name))
 	for rest := f.Name; ; {
 		i := strings.IndexByte(rest, '.')
 		if i < 0 {
@@ -91,8 +91,9 @@ func (t *Table) aroundAddress(f *flow.Flow, beside map[*Rule]string) (about []*R
 		}
 	}
 	addr := f.Dst.Addr().Unmap().WithZone("")
+	about = slices.Clone(t.programs)
 	if !addr.IsValid() {
-		return slices.Clone(t.anyAddr)
+		return append(about, t.anyAddr...)
 	}
 	n, _ := t.prefixes.Lookup(addr)
 	for ; n != nil; n = n.parent {
@@ -117,6 +118,15 @@ func (r *Rule) unmet(f *flow.Flow) string {
 		all = append(all, "it is about "+strings.ToUpper((1-f.Network).String())+" alone")
 	} else if !r.matchesPort(f) {
 		all = append(all, fmt.Sprintf("port %d is not %s", f.Dst.Port(), joined(r.Ports, PortRange.String)))
+	}
+	switch {
+	case r.Program == "" || r.runs(f.Program):
+	case f.InIf != "":
+		all = append(all, "it is about a program of this host, and the flow enters by "+f.InIf)
+	case f.Program == "":
+		all = append(all, "its program is not known")
+	default:
+		all = append(all, "its program is "+f.Program)
 	}
 	return strings.Join(append(all, r.Client.unmet(f)...), "; ")
 }

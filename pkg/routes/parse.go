@@ -115,7 +115,8 @@ type parser struct {
 	lists   map[string]*list
 	files   []string // of lists, each once
 
-	excluded      []*Rule // of EXCLUDE-MODULE, before all others
+	programs      []*Rule // of EXCLUDE-MODULE, before all others: programs,
+	excluded      []*Rule // then units and cgroups
 	rules         []*Rule
 	defaultRule   *Rule
 	defaultServer []Chain

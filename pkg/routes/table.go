@@ -23,6 +23,9 @@ type Table struct {
 
 	*index // where a flow's destination finds the rules that it can match
 
+	programs []*Rule  // the first ones, which are in no index: see Rule.Program
+	named    []string // by them
+
 	byInterface bool
 	byClient    bool
 	byWho       bool // by what flow.Flow has of Mark, MAC and Owner
@@ -45,7 +48,11 @@ func (p *parser) build() *Table {
 		last = &Rule{Text: "DEFAULT DENY", Default: true}
 	}
 	last.dest = dest{prefixes: []netip.Prefix{all4, all6}, anyName: true}
-	t.rules = append(append(p.excluded, p.rules...), last)
+	t.programs = p.programs
+	for _, r := range p.programs {
+		t.named = append(t.named, r.Program)
+	}
+	t.rules = append(slices.Concat(p.programs, p.excluded, p.rules), last)
 	t.firstDirectName = slices.IndexFunc(t.rules, func(r *Rule) bool { return r.Action == Direct && r.ownName() })
 	if t.firstDirectName < 0 {
 		t.firstDirectName = len(t.rules)
@@ -104,10 +111,15 @@ func (t *Table) Sum() [sha256.Size]byte { return t.sum }
 
 // UsesInterfaces tells whether a rule asks by which interface a flow entered, or
 // for what is only known of flows that entered by one, or by none.
-func (t *Table) UsesInterfaces() bool { return t.byInterface || t.byWho }
+func (t *Table) UsesInterfaces() bool { return t.byInterface || t.byWho || len(t.programs) > 0 }
 
 // UsesWho tells whether a rule asks for what a Flow has of Mark, MAC and Owner.
 func (t *Table) UsesWho() bool { return t.byWho }
+
+// Programs returns what the rules ask for that Flow.Program is: paths, or last parts
+// of paths. Such rules come before all others, make DIRECT what they match, and say
+// nothing of names, whoever asks for them. The slice must not be changed.
+func (t *Table) Programs() []string { return t.named }
 
 // Cgroups returns what the rules ask for by cgroup=, each once and sorted.
 func (t *Table) Cgroups() []string { return t.cgroups }
@@ -154,6 +166,13 @@ func (t *Table) FirstHops() []*Server {
 // address (R3). A flow with neither is matched by catch-alls alone. The name
 // must be lower case, without a final dot.
 func (t *Table) Match(f flow.Flow) *Rule {
+	if f.Program != "" {
+		for _, r := range t.programs {
+			if r.runs(f.Program) {
+				return r
+			}
+		}
+	}
 	best := t.rules[len(t.rules)-1]
 	if f.Name == "" {
 		return t.matchAddr(&f, best)

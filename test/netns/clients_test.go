@@ -157,6 +157,78 @@ func TestExcludeModule(t *testing.T) {
 	w.gateway.curl(t, "http://"+outsideAt+":8081/").refused(t)
 }
 
+// TestExcludeProgram: a program of the gateway is DIRECT before all rules, TCP and
+// UDP, by address, by name and where others are denied; others are not, nor is what
+// is forwarded.
+func TestExcludeProgram(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	w.insideDNS.add(t, "www.example.org. 60 IN A "+outsideAt, "www.example.org. 60 IN AAAA "+outsideAt6)
+	programs := map[string]string{}
+	for _, name := range []string{"curl", "bash"} {
+		b, err := os.ReadFile(tool(t, name))
+		w.gateway.must(t, err)
+		programs[name] = w.gateway.file(t, fmt.Sprintf("tproxyd-%d-%s", os.Getpid(), name), string(b), 0o755)
+	}
+	// In the namespace of a command.
+	file := w.gateway.file(t, "run.cnf", "SOCKD5 @="+socks1At+" *\nEXCLUDE-MODULE "+filepath.Base(programs["curl"])+"\n", 0o644)
+	for curl, want := range map[string]string{programs["curl"]: wanAt, tool(t, "curl"): socks1Out} {
+		pageOf(w.gateway.run(t, command{args: asNobody(t, program(t), "run", "--routes", file, "--", curl, "-sS", "--max-time", "20", "http://"+outsideAt+"/")})).fetched(t, want)
+	}
+
+	link := filepath.Join(w.gateway.dir, "link")
+	w.gateway.must(t, os.Symlink(programs["curl"], link))
+	rules := "SERVER one 198.51.100.11\nDENY * eq 8081\nDENY 203.0.113.0/24 eq 1112 proto=udp\nSOCKD5 @=one *\n"
+	named := "EXCLUDE-MODULE " + link + "\nEXCLUDE-MODULE " + filepath.Base(programs["bash"]) + "\n"
+	d := serve(t, w.gateway, settings{local: true, routes: rules + named})
+	startWeb(t, w.outside, outsideAt+":8081")
+	w.outside.udpServices(t, outsideAt, outsideAt6)
+
+	fetch := func(url string) page {
+		return pageOf(w.gateway.run(t, command{args: []string{programs["curl"], "-sS", "--max-time", "20", url}}))
+	}
+	for _, to := range []string{"http://" + outsideAt + "/", "http://[" + outsideAt6 + "]/", "http://" + outsideAt + ":8081/", "http://www.example.org/"} {
+		fetch(to).fetched(t, wanAt, wanAt6)
+	}
+	for _, to := range []string{"http://" + outsideAt + "/", "http://[" + outsideAt6 + "]/", "http://www.example.org/"} {
+		w.gateway.curl(t, to).fetched(t, socks1Out, socks1Out6)
+		w.client.curl(t, to).fetched(t, socks1Out, socks1Out6)
+	}
+	for _, h := range []*host{w.gateway, w.client} {
+		h.curl(t, "http://"+outsideAt+":8081/").refused(t)
+	}
+	from := func(bash, to string) string {
+		r := w.gateway.run(t, command{args: []string{bash, "-c", "exec 3<>/dev/udp/" + to + "/1111; echo x >&3; timeout 5 dd bs=100 count=1 status=none <&3"}})
+		host, _, _ := net.SplitHostPort(strings.TrimSpace(r.out))
+		return host
+	}
+	for to, want := range map[string][2]string{outsideAt: {wanAt, socks1Out}, outsideAt6: {wanAt6, socks1Out6}} {
+		if direct, proxied := from(programs["bash"], to), from(tool(t, "bash"), to); direct != want[0] || proxied != want[1] {
+			t.Errorf("UDP to %s came from %q and %q, want %v", to, direct, proxied, want)
+		}
+	}
+	if n := d.metric(t, fmt.Sprintf(`tproxyd_rule_flows_total{action="DIRECT",rule="%s/socks.cnf:5"}`, w.gateway.dir)); n < 4 {
+		t.Errorf("%v flows are counted for the line", n)
+	}
+
+	d.routes(t, rules)
+	d.reload(t)
+	fetch("http://"+outsideAt+"/").fetched(t, socks1Out)
+	fetch("http://" + outsideAt + ":8081/").refused(t)
+	d.stop(t)
+
+	// The sandbox of a daemon without such a rule may not look at processes.
+	d.start(t)
+	d.routes(t, rules+named)
+	if r := d.cli(t, "reload", "-c", d.config); r.code != 2 || !strings.Contains(r.err, "socks.cnf:5: EXCLUDE-MODULE") || !strings.Contains(r.err, "CAP_SYS_PTRACE") {
+		t.Errorf("a reload that would need another sandbox: %d %s", r.code, r.err)
+	}
+	fetch("http://"+outsideAt+"/").fetched(t, socks1Out)
+	d.takeover(t)
+	fetch("http://"+outsideAt+"/").fetched(t, wanAt)
+}
+
 // TestRunUsers: a rule means the same user in the namespaces of run, where users
 // have other numbers.
 func TestRunUsers(t *testing.T) {
