@@ -30,24 +30,40 @@ func controlFlags(e *env, c *cobra.Command) func() (*control.Client, error) {
 	}
 }
 
+// reloadLimit is less than what systemd waits for by default.
+const reloadLimit = 80 * time.Second
+
 func reloadCommand(e *env) *cobra.Command {
+	var upgrade bool
 	c := &cobra.Command{
-		Use:   "reload [-c FILE | --socket PATH]",
+		Use:   "reload [--upgrade] [-c FILE | --socket PATH]",
 		Short: "Make the running daemon read its files again",
 		Long: `Make the running daemon read its files again. No flow is cut, but those that
 were DIRECT and no longer may be. If a file has an error the old rules stay in
-force, the errors are printed and the exit status is 2.`,
-		Example: "  tproxyd reload\n  tproxyd reload --socket /run/tproxyd/control.sock",
+force, the errors are printed and the exit status is 2.
+
+With --upgrade, if the daemon runs another program file than this one, as after an
+upgrade, this one takes its place without cutting a flow: it is started as the
+daemon was, with --takeover, and the command ends when it serves. If it does not,
+the daemon that runs goes on, and the exit status is that of the new one. A daemon
+in a unit of systemd is upgraded so by "systemctl reload".`,
+		Example: "  tproxyd reload\n  tproxyd reload --socket /run/tproxyd/control.sock\n  tproxyd reload --upgrade",
 		Args:    cobra.NoArgs,
 	}
 	daemon := controlFlags(e, c)
+	c.Flags().BoolVar(&upgrade, "upgrade", false, "take the daemon's place if it is of another program file than this command")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		client, err := daemon()
 		if err != nil {
 			return err
 		}
-		ctx, cancel := context.WithTimeout(c.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(c.Context(), reloadLimit)
 		defer cancel()
+		if upgrade {
+			if done, err := e.upgrade(ctx, client); done || err != nil {
+				return err
+			}
+		}
 		err = client.Reload(ctx)
 		var refused *control.Refused
 		if errors.As(err, &refused) {

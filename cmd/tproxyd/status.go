@@ -59,7 +59,7 @@ type page struct{ *tabwriter.Writer }
 func (p page) line(format string, args ...any) { fmt.Fprintf(p, format+"\n", args...) }
 
 func (p page) status(s daemon.Status, all bool, now time.Time) {
-	p.line("up\t%s, since %s", span(now.Sub(s.Started)), s.Started.Local().Format(time.DateTime))
+	p.line("up\t%s, since %s, version %s, process %d", span(now.Sub(s.Started)), s.Started.Local().Format(time.DateTime), s.Version, s.Pid)
 	if s.Config != "" {
 		p.line("file\t%s, reloaded %d times, refused %d", s.Config, s.Reloads.Done, s.Reloads.Refused)
 	}

@@ -11,6 +11,7 @@
 //	POST /reload   reads the files again; 200, 422 with what is wrong with them, or
 //	               500 with what failed, as text
 //	GET  /metrics  Prometheus text
+//	GET  /process  which process answers, a Process as JSON
 //	GET  /flows    the flows of TCP and of UDP that are carried, a JSON array
 //	DELETE /flows/ID  resets one; 204, or 404 if there is none
 package control
@@ -41,15 +42,23 @@ type Options struct {
 	// *Refused says what is wrong with the files, any other error what failed.
 	Reload  func() error
 	Metrics http.Handler
+	Process Process
 	// TakeOver owns the connection of a process that wants to take the daemon's
 	// place; nil: it cannot be taken.
 	TakeOver func(*net.UnixConn)
 }
 
+// Process is who answers at the socket.
+type Process struct {
+	Pid     int      `json:"pid"`
+	Version string   `json:"version"` // of the program
+	Args    []string `json:"args"`    // its command line
+}
+
 // Handler is the whole of the socket's surface.
 func Handler(o Options) http.Handler {
 	mux := http.NewServeMux()
-	for path, value := range map[string]func() any{"/status": o.Status, "/flows": o.Flows} {
+	for path, value := range map[string]func() any{"/status": o.Status, "/flows": o.Flows, "/process": func() any { return o.Process }} {
 		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", "application/json")
 			enc := json.NewEncoder(w)
@@ -170,6 +179,15 @@ func (c *Client) Reload(ctx context.Context) error {
 // Status returns the daemon's figures as JSON.
 func (c *Client) Status(ctx context.Context) ([]byte, error) {
 	return c.do(ctx, http.MethodGet, "/status")
+}
+
+// Process returns which process answers.
+func (c *Client) Process(ctx context.Context) (p Process, err error) {
+	b, err := c.do(ctx, http.MethodGet, "/process")
+	if err == nil {
+		err = json.Unmarshal(b, &p)
+	}
+	return p, err
 }
 
 // Flows returns the flows that are being carried, as JSON.

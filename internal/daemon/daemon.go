@@ -36,7 +36,7 @@ type Signals struct {
 	Reload <-chan os.Signal  // each one makes it read its files again
 	Ready  func(line string) // called once, when flows are served
 
-	Version string // of the program, for who asks the Clash API
+	Version string // of the program, for who asks
 }
 
 // Daemon is one running instance. Make it with New, run it once with Run.
@@ -72,6 +72,7 @@ type Daemon struct {
 
 	mu        sync.Mutex // one reload at a time; guards what follows
 	setup     *Setup
+	version   string // of the program
 	reloads   reloadCount
 	takenOver bool // another process serves
 	inherited bool // and this one does not yet: what it has is that one's too
@@ -245,6 +246,9 @@ func (d *Daemon) noteDecided(s *Setup) {
 func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	defer d.stop()
 	line := d.readyLine() // before there is somebody who can ask for a reload
+	d.mu.Lock()
+	d.version = s.Version
+	d.mu.Unlock()
 	g, ctx := errgroup.WithContext(ctx)
 	taking := d.take(ctx, g)
 	reach := newPart(ctx, g)
@@ -254,6 +258,7 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 		Kill:    func(id uint64) bool { return d.Kill(id) > 0 },
 		Reload:  func() error { return refusal(d.Reload()) },
 		Metrics: d.metricsHandler(),
+		Process: control.Process{Pid: pid, Version: s.Version, Args: os.Args},
 		// It outlives reach, which ends when it has come to its end.
 		TakeOver: func(c *net.UnixConn) { d.called(ctx, c) },
 	}
@@ -282,12 +287,21 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	if s.Ready != nil {
 		s.Ready("tproxyd: ready: " + line)
 	}
-	notifyReady(line)
-	d.store()
+	if d.before == nil {
+		d.announce()
+	}
 	if err := g.Wait(); !errors.Is(err, errDrained) {
 		return err
 	}
 	return nil
+}
+
+// announce tells systemd that this process serves, and what is to be kept for it.
+func (d *Daemon) announce() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	notifyReady(d.readyLine())
+	d.stored = d.store()
 }
 
 // take serves flows and questions, first those that wait for it.

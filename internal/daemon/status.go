@@ -13,6 +13,8 @@ import (
 // Status is what the daemon tells of itself. It holds no secret.
 type Status struct {
 	Started time.Time         `json:"started"`
+	Pid     int               `json:"pid"`
+	Version string            `json:"version"`           // of the program
 	Trouble []string          `json:"trouble,omitempty"` // what is wrong at this moment, and what to do about it
 	Limits  []Limit           `json:"limits"`
 	Config  string            `json:"config"` // path
@@ -66,7 +68,7 @@ type KernelStatus struct {
 // Status reads everything; the values need not be of one instant.
 func (d *Daemon) Status() Status {
 	d.mu.Lock()
-	s := Status{Started: d.started, Config: d.setup.Config.Path, Reloads: d.reloads}
+	s := Status{Started: d.started, Pid: pid, Version: d.version, Config: d.setup.Config.Path, Reloads: d.reloads}
 	d.mu.Unlock()
 	plan := d.gateway.Plan()
 	tallies, err := d.kernel.Tallies()

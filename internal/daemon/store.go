@@ -33,12 +33,12 @@ func passed() *estate {
 }
 
 // store has systemd keep the sockets, if it says that it does, as it has since
-// version 254.
-func (d *Daemon) store() {
+// version 254; true: it has them.
+func (d *Daemon) store() bool {
 	path := os.Getenv("NOTIFY_SOCKET")
 	room, _ := strconv.Atoi(os.Getenv("FDSTORE"))
 	if path == "" || room == 0 || d.enclosure != nil {
-		return
+		return false
 	}
 	e := &estate{}
 	defer e.close()
@@ -52,7 +52,7 @@ func (d *Daemon) store() {
 	if err != nil {
 		d.log.Warn("systemd does not keep the sockets: while the service restarts, new flows are refused", "err", err)
 	}
-	d.stored = err == nil
+	return err == nil
 }
 
 func (e *estate) store(path string) error {

@@ -182,14 +182,19 @@ func (p *predecessor) say(r ruling) {
 }
 
 // watch hears what the predecessor still carries until it ends. Then the names
-// that its flows needed may be given up.
+// that its flows needed may be given up. Before its first word it tells systemd
+// whose process the main one is from now on, and systemd listens to no other.
 func (d *Daemon) watch(ctx context.Context) error {
 	p := d.before
 	stop := context.AfterFunc(ctx, func() { p.call.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	for {
+	for first := true; ; first = false {
 		var r report
-		if _, err := p.call.Receive(&r); err != nil {
+		_, err := p.call.Receive(&r)
+		if first && ctx.Err() == nil {
+			d.announce()
+		}
+		if err != nil {
 			break
 		}
 		p.mu.Lock()

@@ -105,7 +105,8 @@ func TestUnits(t *testing.T) {
 		"tproxyd.service": {
 			"After=network.target tproxyd-closed.service", "Type=notify", "Restart=on-failure", "LimitNOFILE=262144",
 			"StateDirectory=tproxyd", "RuntimeDirectory=tproxyd", "NoNewPrivileges=yes", "ProtectSystem=strict",
-			"ExecReload=/usr/sbin/tproxyd reload -c /etc/tproxyd/tproxyd.toml",
+			"ExecReload=/usr/sbin/tproxyd reload --upgrade -c /etc/tproxyd/tproxyd.toml", "NotifyAccess=main",
+			"SystemCallFilter=seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self",
 		},
 		"tproxyd-closed.service": {"Before=network-pre.target shutdown.target", "Wants=network-pre.target", "DefaultDependencies=no", "NoNewPrivileges=yes"},
 	} {

@@ -14,9 +14,10 @@ import (
 // debian is a fresh Debian (or Ubuntu, as this host is) below a folder, in a
 // network namespace of its own, with its own /proc.
 type debian struct {
-	t   *testing.T
-	dir string
-	ns  *exec.Cmd // sleeps in the namespace, so that it lasts
+	t    *testing.T
+	dir  string
+	ns   *exec.Cmd // sleeps in the namespace, so that it lasts
+	init string    // process number of its systemd; empty: it is not booted
 }
 
 func newDebian(t *testing.T) *debian {
@@ -43,8 +44,11 @@ func newDebian(t *testing.T) *debian {
 // do runs a command in it, which must succeed, and returns what it printed.
 func (d *debian) do(name string, args ...string) string {
 	d.t.Helper()
-	c := exec.Command("nsenter", append([]string{"--net=/proc/" + strconv.Itoa(d.ns.Process.Pid) + "/ns/net", "unshare", "--mount", "sh", "-c",
-		`mount -t proc proc "$0/proc" && exec chroot "$0" "$@"`, d.dir, name}, args...)...)
+	c := exec.Command("nsenter", d.inside(append([]string{name}, args...)...)...)
+	if d.init == "" {
+		c = exec.Command("nsenter", append([]string{"--net=/proc/" + strconv.Itoa(d.ns.Process.Pid) + "/ns/net", "unshare", "--mount", "sh", "-c",
+			`mount -t proc proc "$0/proc" && exec chroot "$0" "$@"`, d.dir, name}, args...)...)
+	}
 	c.Dir = "/" // sh says so where its own is not in the chroot
 	c.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"}
 	out, err := c.CombinedOutput()
@@ -61,7 +65,7 @@ func (d *debian) bring(path string) string {
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	inside := "/tmp/" + filepath.Base(path)
+	inside := "/var/tmp/" + filepath.Base(path)
 	d.write(inside, string(b), 0o644)
 	return inside
 }
@@ -98,7 +102,7 @@ func (d *debian) files() []string {
 
 // TestDebian: the package is installed in a fresh Debian, upgraded, removed and
 // purged, without a question; what an operator wrote stays as long as it should,
-// and so does the table in the kernel.
+// and so does the table in the kernel. Then it is booted and upgraded in service.
 func TestDebian(t *testing.T) {
 	arch := native(t)
 	first, second := one(t, build(t, "v1.0.0", arch), "*.deb"), one(t, build(t, "v1.1.0-2-gabc", arch), "*.deb")
@@ -166,4 +170,7 @@ func TestDebian(t *testing.T) {
 	if !slices.Equal(left, want) {
 		t.Errorf("after the purge there are also %v, want %v", left, want)
 	}
+
+	d.do("dpkg", "-i", d.bring(first))
+	d.upgraded(first, second)
 }
