@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -59,10 +60,31 @@ func allOf(fam int) *net.IPNet {
 // addSource gives lo the address that an enclosed namespace's flows have.
 func (p *policy) addSource(fam int) error {
 	err := p.h.AddrAdd(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: loIndex, Name: "lo"}}, source(fam))
+	if err == nil {
+		err = p.awaitSource(fam)
+	}
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("redirect: address %s on lo: %w", enclosedAddr(fam), err)
 	}
 	return nil
+}
+
+// sourceLimit is how long the kernel may take to make an address local.
+const sourceLimit = 5 * time.Second
+
+// awaitSource waits until routing knows that the address is of this host. Over
+// IPv6 the kernel leaves that to a worker, and until then a flow would count as
+// one that is not from this host, and be lost without a word.
+func (p *policy) awaitSource(fam int) error {
+	for end := time.Now().Add(sourceLimit); ; time.Sleep(time.Millisecond) {
+		routes, err := p.h.RouteGet(enclosedAddr(fam).Addr().AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("not local within %v", sourceLimit)
+		}
+	}
 }
 
 func (p *policy) dropSource(fam int) error {

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 func enclosedPlan() Plan {
@@ -116,4 +117,33 @@ func TestEnclosureRefuses(t *testing.T) {
 			t.Errorf("%v, want %q", err, tt.want)
 		}
 	}
+}
+
+// A flow can begin as soon as Apply returns, so its source has to be of this host
+// by then.
+func TestSourceIsLocal(t *testing.T) {
+	t.Parallel()
+	n := newNetns(t)
+	n.run("ip link set lo up")
+	n.do(func() {
+		p, err := dialPolicy()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer p.close()
+		for range 100 {
+			for _, fam := range policyFamilies() {
+				if err := p.addSource(fam); err != nil {
+					t.Error(err)
+				}
+				if r, err := p.h.RouteGet(enclosedAddr(fam).Addr().AsSlice()); err != nil || r[0].Type != unix.RTN_LOCAL {
+					t.Errorf("%v is routed by %v, %v", enclosedAddr(fam), r, err)
+				}
+				if err := p.dropSource(fam); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	})
 }
