@@ -20,15 +20,35 @@ type Carrier struct {
 	Sessions int `json:"udp_sessions"` // of UDP
 }
 
-// report is what such a process says, itself first, then those before it.
-type report struct{ Carriers []Carrier }
+// report is what such a process says, itself first, then those before it, or its
+// answer to a question.
+type report struct {
+	Carriers []Carrier `json:",omitempty"`
+	Answer   *answer   `json:",omitempty"`
+}
 
 // ruling is what it is told: after a reload the rules in force, as decidedBy, and
-// with a normal stop of the successor to end as well.
+// with a normal stop of the successor to end as well; or it is asked something.
 type ruling struct {
 	Rules string
-	Stop  bool `json:",omitempty"`
+	Stop  bool      `json:",omitempty"`
+	Ask   *question `json:",omitempty"`
 }
+
+// question is about the flows that it, and those before it, still carry.
+type question struct {
+	Number uint64
+	Within time.Duration // how long the answer is waited for
+	Kill   []uint64      // flows to end; nil: which there are
+}
+
+type answer struct {
+	Number uint64       // of the question
+	Flows  []FlowStatus `json:",omitempty"` // maxTold of them at most
+	Killed int          `json:",omitempty"`
+}
+
+const maxTold = 100_000
 
 // errDrained ends a daemon that has nothing left to carry.
 var errDrained = errors.New("daemon: taken over, and nothing is carried any longer")
@@ -42,8 +62,9 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 	c.SetDeadline(time.Time{})
 	d.servers.Close() // its probes and what it has ready; what it connects still is
 	rules, stopped := make(chan string, 1), make(chan struct{}, 1)
-	ended := make(chan struct{})
-	go func() { // ends with the connection
+	asked := make(chan *question)
+	over, ended := make(chan struct{}), make(chan struct{})
+	go func() { // ends with the connection, and not before over if it asks
 		defer close(ended)
 		for {
 			var r ruling
@@ -54,6 +75,13 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 				stopped <- struct{}{}
 				return
 			}
+			if r.Ask != nil {
+				select {
+				case asked <- r.Ask:
+				case <-over:
+				}
+				continue
+			}
 			select {
 			case <-rules: // a newer one counts
 			default:
@@ -61,7 +89,7 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 			rules <- r.Rules
 		}
 	}()
-	defer func() { c.Close(); <-ended }()
+	defer func() { close(over); c.Close(); <-ended }()
 	if c.Rules != d.setup.decidedBy() {
 		d.obey(c.Rules)
 	}
@@ -69,13 +97,16 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 	defer limit.Stop()
 	tick := time.NewTicker(drainStep)
 	defer tick.Stop()
+	say := func(r report) {
+		c.SetWriteDeadline(time.Now().Add(stepLimit))
+		c.Send(handover.Message{Body: r}) // if it is gone, nobody wants to know
+	}
 	told, cut := "", ""
 	for {
 		r := d.left()
 		if text, err := json.Marshal(r); err == nil && string(text) != told {
 			told = string(text)
-			c.SetWriteDeadline(time.Now().Add(stepLimit))
-			c.Send(handover.Message{Body: r}) // if it is gone, nobody wants to know
+			say(r)
 		}
 		if own := r.Carriers[0]; own.Flows == 0 && own.Sessions == 0 && len(r.Carriers) == 1 && d.before.ended() {
 			d.log.Info("nothing is carried any longer")
@@ -92,6 +123,8 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 			return errDrained
 		case sum := <-rules:
 			d.obey(sum)
+		case q := <-asked:
+			say(report{Answer: d.answer(q)})
 		case <-tick.C:
 			select {
 			case <-ended: // whoever serves next leaves there by which rules
@@ -108,7 +141,19 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 // left is what this process carries, and those before it.
 func (d *Daemon) left() report {
 	own := Carrier{Pid: pid, Flows: d.engine.Stats().Clients, Sessions: d.packets.Stats().Sessions}
-	return report{append([]Carrier{own}, d.before.carriers()...)}
+	return report{Carriers: append([]Carrier{own}, d.before.carriers()...)}
+}
+
+// answer says which flows there are, or ends some.
+func (d *Daemon) answer(q *question) *answer {
+	a := &answer{Number: q.Number}
+	if q.Kill != nil {
+		a.Killed = d.kill(q.Kill, q.Within/2)
+		return a
+	}
+	a.Flows = d.carried(q.Within / 2)
+	a.Flows = a.Flows[max(0, len(a.Flows)-maxTold):]
+	return a
 }
 
 // obey puts the rules in force by which the successor decides, for what is still

@@ -33,12 +33,14 @@ import (
 //	serving ──────────────────────────► closes its copies, carries on what it has
 //	◄────────────────────── carrier …   what is left, until it ends
 //	rules … ──────────────────────────► after a reload
+//	question … ───────────────────────► which flows? end those
+//	◄─────────────────────── answer …
 //
 // Until "serving" whoever of the two fails, or is silent for stepLimit, leaves
 // the other one as it was: the one that serves takes everything back and goes
 // on, with what waited meanwhile.
 const (
-	takeoverVersion = 1
+	takeoverVersion = 2
 	stepLimit       = 10 * time.Second
 )
 
@@ -93,6 +95,7 @@ type estate struct {
 	Whole     bool // see fakedns.Handover; the log is the message's blob
 	Pinned    []netip.Addr
 	Admitted  []gateway.Remembered
+	FirstID   uint64 // IDs of flows are above it
 	Questions []flow.Datagram
 	Streams   []stream
 	Datagrams [][]flow.Datagram // of each shard

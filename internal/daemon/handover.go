@@ -96,6 +96,10 @@ func (d *Daemon) handOver(ctx context.Context, c *call, taking *part) (gone bool
 	return true, nil
 }
 
+// idRange is how many IDs of flows a process has for itself, so that one ID is one
+// flow among all that were taken over.
+const idRange = 1_000_000_000
+
 // remains is what the daemon needs to go on where it stopped.
 type remains struct {
 	unanswered
@@ -156,6 +160,7 @@ func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
 	}
 	e.log, e.Whole, e.Pinned = names.Log, names.Whole, names.Pinned
 	e.Admitted = d.gateway.Remembered()
+	e.FirstID = (d.gateway.NextID()/idRange + 1) * idRange
 	return e, r, nil
 }
 

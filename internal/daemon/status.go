@@ -1,6 +1,9 @@
 package daemon
 
 import (
+	"cmp"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/tproxyd/tproxyd/internal/gateway"
@@ -105,10 +108,30 @@ func (d *Daemon) Status() Status {
 	return s
 }
 
-// Flows returns what is being carried, TCP first, each the oldest first.
-func (d *Daemon) Flows() []FlowStatus {
-	return append(d.gateway.Flows(), d.gateway.UDPFlows(d.packets.List())...)
+// Flows returns what is being carried, TCP first, each the oldest first. What
+// processes carry that were taken over is among it.
+func (d *Daemon) Flows() []FlowStatus { return d.carried(askLimit) }
+
+// carried is Flows, for who waits so long for those of other processes.
+func (d *Daemon) carried(within time.Duration) []FlowStatus {
+	list := append(d.gateway.Flows(), d.gateway.UDPFlows(d.packets.List())...)
+	if others := d.before.ask(question{Within: within}, d.log).Flows; len(others) > 0 {
+		list = append(list, others...)
+		slices.SortFunc(list, func(a, b FlowStatus) int {
+			return cmp.Or(strings.Compare(a.Network, b.Network), cmp.Compare(a.ID, b.ID))
+		})
+	}
+	return list
 }
 
-// Kill ends flows, and returns how many of these there were.
-func (d *Daemon) Kill(ids ...uint64) int { return d.gateway.Kill(ids...) + d.packets.Kill(ids...) }
+// Kill ends flows, also those of processes that were taken over, and returns how
+// many of these there were.
+func (d *Daemon) Kill(ids ...uint64) int { return d.kill(ids, askLimit) }
+
+func (d *Daemon) kill(ids []uint64, within time.Duration) int {
+	n := d.gateway.Kill(ids...) + d.packets.Kill(ids...)
+	if n < len(ids) {
+		n += d.before.ask(question{Within: within, Kill: ids}, d.log).Killed
+	}
+	return n
+}

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -91,7 +92,7 @@ func (c *call) takeOver(setup *Setup, log *slog.Logger) (*Daemon, error) {
 		return nil, err
 	}
 	c.pid = e.Pid
-	d.before = &predecessor{call: c, now: []Carrier{{Pid: e.Pid}}, pinned: e.Pinned}
+	d.before = &predecessor{call: c, now: []Carrier{{Pid: e.Pid}}, pinned: e.Pinned, answers: make(chan answer, 1), over: make(chan struct{})}
 	if os.Getenv("NOTIFY_SOCKET") == "" && e.Notify != "" {
 		os.Setenv("NOTIFY_SOCKET", e.Notify)
 	}
@@ -111,6 +112,7 @@ func (d *Daemon) inherit(e *estate, plan *gateway.Plan) ([]redirect.Admission, e
 		d.names.Pin(a)
 	}
 	d.gateway.Remember(e.Admitted)
+	d.gateway.CountFrom(e.FirstID)
 	if e.Rules == d.setup.decidedBy() {
 		return nil, nil
 	}
@@ -143,18 +145,26 @@ type predecessor struct {
 	call   *call
 	pinned []netip.Addr // names that its flows need
 
-	mu   sync.Mutex
-	now  []Carrier
-	over bool
+	sending sync.Mutex // one message at a time
+	asking  sync.Mutex // one question at a time; guards asked
+	asked   uint64
+	answers chan answer   // the last one; there is room for it
+	over    chan struct{} // closed when it has ended
+
+	mu  sync.Mutex
+	now []Carrier
 }
 
 func (p *predecessor) ended() bool {
 	if p == nil {
 		return true
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.over
+	select {
+	case <-p.over:
+		return true
+	default:
+		return false
+	}
 }
 
 // carriers is what it last said, those before it included.
@@ -177,8 +187,43 @@ func (p *predecessor) say(r ruling) {
 	if p.ended() {
 		return
 	}
+	p.sending.Lock()
+	defer p.sending.Unlock()
 	p.call.SetWriteDeadline(time.Now().Add(stepLimit))
 	p.call.Send(handover.Message{Body: r}) // its end is heard by watch
+}
+
+// askLimit is how long an answer is waited for. The process that is asked waits half
+// as long for the one before it.
+const askLimit = 2 * time.Second
+
+// ask has it answer a question; the zero answer if it has ended or is silent.
+func (p *predecessor) ask(q question, log *slog.Logger) (a answer) {
+	if p.ended() {
+		return a
+	}
+	p.asking.Lock()
+	defer p.asking.Unlock()
+	p.asked++
+	q.Number = p.asked
+	p.say(ruling{Ask: &q})
+	for limit := time.After(q.Within); ; {
+		select {
+		case a = <-p.answers:
+			if a.Number != q.Number { // it was waited for in vain
+				continue
+			}
+			for i := range a.Flows {
+				a.Flows[i].Process = cmp.Or(a.Flows[i].Process, p.call.pid)
+			}
+			return a
+		case <-p.over:
+			return answer{}
+		case <-limit:
+			log.Warn("the process before this one does not say what it carries", "pid", p.call.pid)
+			return answer{}
+		}
+	}
 }
 
 // watch hears what the predecessor still carries until it ends. Then the names
@@ -197,6 +242,14 @@ func (d *Daemon) watch(ctx context.Context) error {
 		if err != nil {
 			break
 		}
+		if r.Answer != nil {
+			select {
+			case <-p.answers:
+			default:
+			}
+			p.answers <- *r.Answer
+			continue
+		}
 		p.mu.Lock()
 		p.now = r.Carriers
 		p.mu.Unlock()
@@ -205,8 +258,9 @@ func (d *Daemon) watch(ctx context.Context) error {
 		return nil
 	}
 	p.mu.Lock()
-	p.over, p.now = true, nil
+	p.now = nil
 	p.mu.Unlock()
+	close(p.over)
 	for _, a := range p.pinned {
 		d.names.Unpin(a)
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -177,7 +178,20 @@ func TestTakeover(t *testing.T) {
 	if s := d.Status(); len(s.Before) != 1 || s.Before[0].Flows != 1 {
 		t.Errorf("before: %+v", s.Before)
 	}
-	flow.Close()
+	flows := d.Flows()
+	if len(flows) != 2 || flows[0].Process != pid || flows[1].Process != 0 || flows[0].ID == flows[1].ID {
+		t.Fatalf("flows: %+v", flows)
+	}
+	if n := d.Kill(flows[1].ID + 1); n != 0 {
+		t.Errorf("%d flows ended that there are not", n)
+	}
+	echoes(t, flow)
+	if n := d.Kill(flows[0].ID); n != 1 {
+		t.Errorf("%d flows ended, of the first daemon", n)
+	}
+	if _, err := flow.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the flow that was ended: %v", err)
+	}
 	select {
 	case err := <-r.ended:
 		if r.ended <- err; err != nil {
@@ -190,6 +204,9 @@ func TestTakeover(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatal("the second does not hear that the first has ended")
 		}
+	}
+	if n := len(d.Flows()); n != 1 {
+		t.Errorf("%d flows are left", n)
 	}
 	echoes(t, mine)
 	carried(t)
@@ -268,4 +285,33 @@ func twoEnds(t *testing.T) (old, successor *call) {
 	}
 	t.Cleanup(func() { b.Close() })
 	return &call{Conn: handover.New(a)}, &call{Conn: handover.New(b)}
+}
+
+// TestAsk: a process before this one that is silent is not waited for long, and what
+// it answers too late is no answer to another question.
+func TestAsk(t *testing.T) {
+	t.Parallel()
+	heir, before := twoEnds(t)
+	p := &predecessor{call: heir, answers: make(chan answer, 1), over: make(chan struct{})}
+	heir.pid = 7
+	log := slog.New(slog.DiscardHandler)
+	if a := p.ask(question{Within: time.Millisecond}, log); a.Number != 0 {
+		t.Errorf("a silent one answers %+v", a)
+	}
+	p.answers <- answer{Number: 1, Killed: 1}
+	go func() {
+		var r ruling
+		for range 2 {
+			before.Receive(&r)
+		}
+		p.answers <- answer{Number: r.Ask.Number, Flows: []FlowStatus{{ID: 3}, {ID: 4, Process: 5}}}
+	}()
+	a := p.ask(question{Within: patience}, log)
+	if a.Number != 2 || len(a.Flows) != 2 || a.Flows[0].Process != 7 || a.Flows[1].Process != 5 {
+		t.Errorf("the answer is %+v", a)
+	}
+	close(p.over)
+	if a := p.ask(question{Within: patience}, log); a.Number != 0 {
+		t.Errorf("one that has ended answers %+v", a)
+	}
 }

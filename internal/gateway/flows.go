@@ -17,10 +17,11 @@ import (
 // FlowStatus is a flow that is being carried: a TCP connection, or what a UDP
 // socket says to one destination.
 type FlowStatus struct {
-	ID          uint64         `json:"id"`          // until the daemon ends
-	Network     string         `json:"network"`     // tcp or udp
-	Start       time.Time      `json:"start"`       // when it was accepted
-	Age         float64        `json:"age_seconds"` // since then
+	ID          uint64         `json:"id"`                // until the daemon ends
+	Process     int            `json:"process,omitempty"` // that carries it, of those that were taken over; 0: the one that serves
+	Network     string         `json:"network"`           // tcp or udp
+	Start       time.Time      `json:"start"`             // when it was accepted
+	Age         float64        `json:"age_seconds"`       // since then
 	Client      netip.AddrPort `json:"client"`
 	Interface   string         `json:"interface,omitempty"` // that it entered by; of TCP only if a rule asks for that
 	Name        string         `json:"name,omitempty"`      // that the client asked for

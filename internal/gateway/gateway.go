@@ -112,6 +112,9 @@ func New(p *Plan, o Options) *Gateway {
 // NextID returns an ID for a flow that no other flow has had.
 func (g *Gateway) NextID() uint64 { return g.ids.Add(1) }
 
+// CountFrom has flows have IDs above n, since those up to it are another gateway's.
+func (g *Gateway) CountFrom(n uint64) { g.ids.Store(n) }
+
 // Plan returns the plan in force.
 func (g *Gateway) Plan() *Plan { return g.plan.Load() }
 

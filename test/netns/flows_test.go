@@ -2,11 +2,13 @@ package netns_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -158,4 +160,60 @@ func TestFlows(t *testing.T) {
 	}
 	d.cli(t, "flows", "-c", d.config, "--kill", fmt.Sprint(list()[0].ID)).ok(t)
 	eventually(t, 2*time.Second, "no flow is listed", func() bool { return len(list()) == 0 })
+}
+
+// TestFlowsOfBefore: what two processes still carry, one taken over after the other,
+// is listed beside the daemon's own flows, and can be reset.
+func TestFlowsOfBefore(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{routes: "SERVER one 198.51.100.11\nSOCKD5 @=one *\n"})
+	w.outside.answerTCP(t, outsideAt+":7", func(c *net.TCPConn) { io.Copy(c, c) })
+	list := func() (flows []gateway.FlowStatus) {
+		t.Helper()
+		out := d.cli(t, "flows", "--json", "--client", clientAt, "-c", d.config).ok(t).out
+		if err := json.Unmarshal([]byte(out), &flows); err != nil {
+			t.Fatalf("%v:\n%s", err, out)
+		}
+		return flows
+	}
+	var clients []net.Conn
+	var carriers []int // who carries each; the last one serves
+	for i := range 3 {
+		if i > 0 {
+			carriers = append(carriers, d.takeover(t).pid())
+		}
+		c, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		talk(t, c)
+		clients = append(clients, c)
+	}
+	carriers = append(carriers, 0)
+	flows := list()
+	if len(flows) != 3 {
+		t.Fatalf("listed are %+v", flows)
+	}
+	for i, f := range flows {
+		if f.Process != carriers[i] || f.Client.String() != clients[i].LocalAddr().String() || f.Server != "one" || f.Up != 5 || f.Down != 5 {
+			t.Errorf("flow %d, of process %d: %+v", i, carriers[i], f)
+		}
+	}
+	if r := d.cli(t, "flows", "-c", d.config, "--kill", fmt.Sprint(flows[2].ID+1)).exit(t, 1); !strings.Contains(r.err, "there is no flow") {
+		t.Errorf("one that there is not: %s", r.err)
+	}
+	for i, c := range clients {
+		for _, living := range clients[i:] {
+			talk(t, living)
+		}
+		d.cli(t, "flows", "-c", d.config, "--kill", fmt.Sprint(flows[i].ID)).ok(t)
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("flow %d was reset, and its client sees %v", i, err)
+		}
+	}
+	eventually(t, 5*time.Second, "no flow is listed", func() bool { return len(list()) == 0 })
 }
