@@ -325,6 +325,7 @@ func (d *Daemon) take(ctx context.Context, g *errgroup.Group) *part {
 			p.task("dns", func(ctx context.Context) error { return d.names.ServeTCP(ctx, ln, streams...) })
 		}
 	}
+	p.task("kernel's log", func(ctx context.Context) error { return d.kernel.Logged(ctx, d.logged) })
 	p.task("kernel", func(ctx context.Context) error {
 		return d.kernel.Heal(ctx, func(what string) {
 			if what == "cgroup" {

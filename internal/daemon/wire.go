@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -49,6 +50,7 @@ func kernelPlan(s *Setup, ports redirect.Ports) redirect.Plan {
 			p.Servers = append(p.Servers, srv.AddrPort())
 		}
 	}
+	p.Log = logTags(s.Table)
 	for _, b := range s.Table.Kernel() {
 		p.Blocks = append(p.Blocks, kernelBlock(b))
 	}
@@ -97,6 +99,48 @@ func kernelRanges(list []routes.Range) []redirect.Range {
 func decidesAlone(r *routes.Rule) bool {
 	alone := func(a routes.Action) bool { return a == routes.Direct || a == routes.Deny }
 	return alone(r.Action) || alone(r.ActionFor(flow.UDP))
+}
+
+// logTags returns the tags of what rules want in the log and the kernel decides.
+func logTags(t *routes.Table) (tags []string) {
+	byName := false
+	for _, r := range t.Rules() {
+		if r.Log && decidesAlone(r) {
+			tags = append(tags, tagOf(r))
+			byName = byName || r.NeedsAdmission()
+		}
+	}
+	if byName {
+		tags = append(tags, "")
+	}
+	slices.Sort(tags)
+	return slices.Compact(tags)
+}
+
+// logged writes the line of a flow that the kernel has decided.
+func (d *Daemon) logged(l redirect.Logged) {
+	k := gateway.KernelFlow{Src: l.Src, Dst: l.Dst, Protocol: protocolName(l.Protocol), InIf: d.kernel.InterfaceName(l.IfIndex)}
+	if l.Tag == "" {
+		d.gateway.ReportAdmitted(k)
+		return
+	}
+	rules := d.gateway.Plan().Table().Rules()
+	if i := slices.IndexFunc(rules, func(r *routes.Rule) bool { return r.Log && tagOf(r) == l.Tag }); i >= 0 {
+		d.gateway.ReportKernel(k, rules[i])
+	}
+}
+
+// protocolName writes a protocol as the log does.
+func protocolName(p byte) string {
+	switch p {
+	case unix.IPPROTO_TCP:
+		return "tcp"
+	case unix.IPPROTO_UDP:
+		return "udp"
+	case unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6:
+		return "icmp"
+	}
+	return strconv.Itoa(int(p))
 }
 
 // tagOf is by what a rule's packets are counted: its file and its words, by which

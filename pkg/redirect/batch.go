@@ -113,11 +113,7 @@ func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error
 		if len(there.chains) > 0 {
 			c.FlushTable(nt)
 		}
-		names := counterNames()
-		for _, n := range t.tallies.objects {
-			names = append(names, n)
-		}
-		for _, n := range names {
+		for _, n := range t.counters() {
 			c.AddObj(&nftables.NamedObj{Table: nt, Name: n, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
 		}
 		// In this transaction, so that of two live sets only one is ever there.

@@ -96,6 +96,10 @@ type Plan struct {
 	// user space knows of programs what no packet shows.
 	DivertDenied bool
 
+	// Log are the tags of which Logged tells each flow that is let pass or refused;
+	// the empty one is of addresses that Admit let in.
+	Log []string
+
 	Who *Who // what is to be known of those whose flows are diverted; nil: nothing
 
 	// Readmit, if not nil, is what the dynamic sets hold once the plan is in
@@ -107,7 +111,7 @@ type Plan struct {
 // pass does, what would be diverted is refused.
 func (p Plan) Closed() Plan {
 	p.Ports = Ports{}
-	p.Readmit, p.Who, p.DivertDenied = nil, nil, false
+	p.Readmit, p.Who, p.DivertDenied, p.Log = nil, nil, false, nil
 	return p
 }
 

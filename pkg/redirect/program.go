@@ -26,7 +26,8 @@ import (
 // programs finds them. It has a socket of its own, as notebook has.
 type programs struct {
 	diagMu sync.Mutex
-	diag   *nfnl // nil: closed
+	diag   *nfnl // nil: see err
+	err    error
 
 	mu    sync.Mutex
 	last  search
@@ -54,9 +55,9 @@ const (
 	knownTime    = 5 * time.Second
 )
 
-func dialPrograms() (*programs, error) {
+func dialPrograms() *programs {
 	c, err := dialNetlink(unix.NETLINK_SOCK_DIAG)
-	return &programs{diag: c, known: map[uint64]known{}}, err
+	return &programs{diag: c, err: err, known: map[uint64]known{}}
 }
 
 func (p *programs) close() {
@@ -67,7 +68,7 @@ func (p *programs) close() {
 	defer p.diagMu.Unlock()
 	if p.diag != nil {
 		p.diag.close()
-		p.diag = nil
+		p.diag, p.err = nil, net.ErrClosed
 	}
 }
 
@@ -152,7 +153,7 @@ func (p *programs) socket(f *flow.Flow) (inode uint64, err error) {
 	p.diagMu.Lock()
 	defer p.diagMu.Unlock()
 	if p.diag == nil {
-		return 0, net.ErrClosed
+		return 0, p.err
 	}
 	err = p.diag.exchange(netlink.Message{Header: netlink.Header{Type: diagByFamily}, Data: b}, false, func(data []byte) error {
 		if len(data) >= diagMsgSize {

@@ -52,6 +52,7 @@ type Redirect struct {
 	cgroups  cgroups          // that it names, as they were then
 	notebook *notebook        // for Who
 	programs *programs        // for Program
+	logs     *logs            // for Logged
 	tallies  tallies          // what the table in force counts by tags
 	tallied  map[string]Count // what those before it have counted
 
@@ -87,9 +88,7 @@ func Open(o Options) (*Redirect, error) {
 	if err == nil {
 		r.notebook.nf, err = dialNfnl()
 	}
-	if err == nil {
-		r.programs, err = dialPrograms()
-	}
+	r.programs, r.logs = dialPrograms(), dialLogs()
 	if err == nil {
 		r.policy, err = dialPolicy()
 	}
@@ -164,6 +163,7 @@ func (r *Redirect) Apply(p Plan) error {
 		return net.ErrClosed
 	}
 	before := r.plan
+	r.logs.listenTo(&p, before, r.log)
 	if err := r.apply(&p); err != nil {
 		return err
 	}
@@ -279,7 +279,7 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 	if d.flush {
 		live = nextLive(live)
 	}
-	t, err := newTable(p, gen, live, alive, r.cgroups)
+	t, err := newTable(p, gen, live, alive, r.cgroups, r.logs.group)
 	if err != nil {
 		return err
 	}
@@ -349,7 +349,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 		}
 		return err
 	}
-	t, err := newTable(p, "a", liveSets[0], alive, r.cgroups)
+	t, err := newTable(p, "a", liveSets[0], alive, r.cgroups, r.logs.group)
 	if err != nil {
 		return err
 	}
@@ -441,6 +441,7 @@ func (r *Redirect) release() {
 	}
 	r.notebook.close()
 	r.programs.close()
+	r.logs.close()
 	if r.nf != nil {
 		r.nf.close()
 	}

@@ -2,6 +2,7 @@ package redirect
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -52,16 +53,26 @@ type table struct {
 	cgroups cgroups // that the plan names, as they are
 	tallies tallies // what is counted by tags
 	appeals []rule  // see Plan.DivertDenied; their last statement is to be added
+
+	told     map[string]int // tags of Plan.Log, with a number for each; see newTable
+	listener uint16
 }
 
 // newTable makes the table of a checked plan. Gen tells the sets of one plan
 // from those of the plan before, so that both can be there for a moment; live is
-// one of liveSets. Alive says that there is the table of that name.
-func newTable(p *Plan, gen, live string, alive bool, groups cgroups) (*table, error) {
+// one of liveSets. Alive says that there is the table of that name, and listener
+// where what Plan.Log asks for is told; 0: nowhere.
+func newTable(p *Plan, gen, live string, alive bool, groups cgroups, listener uint16) (*table, error) {
 	t := &table{gen: "_" + gen, live: live, alive: alive, cgroups: groups, tallies: tallies{map[string]string{}, map[string]map[string]string{}}}
 	if p.DivertDenied {
 		m := p.Marks
 		t.appeals = []rule{{mark(m, m.Local()), proto(tcp)}, {mark(m, m.Local()), proto(udp)}}
+	}
+	if t.listener = listener; listener != 0 {
+		t.told = make(map[string]int, len(p.Log))
+		for i, tag := range p.Log {
+			t.told[tag] = i
+		}
 	}
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
@@ -149,6 +160,7 @@ func (t *table) implicit(p *Plan) {
 	for _, f := range []family{ip4, ip6} {
 		for q := partAddr; q <= partPort; q++ {
 			c := t.chain("keep" + f.digit() + q.suffix())
+			t.tell(c, "")
 			c.add(keep(f, q, dynamicSet(t.live, f, q), liveTime)) // if the set is full, the next rule is run all the same
 			c.add(going("direct"))
 		}
@@ -287,16 +299,17 @@ func (t *table) block(m Marks, c *chain, n int, b *Block) error {
 		}
 		before = append(before, common...)
 		lists := []list{
-			{"direct", "direct", "", normal(b.Direct, f)},
-			{"deny", "denied" + suffix, "deny", normal(b.Deny, f)},
-			{"icmp", "denied_icmp" + suffix, "deny_icmp", normal(b.ICMP, f)},
-			{"drop", "denied_drop" + suffix, "deny_drop", normal(b.Drop, f)},
-			{"proxy", "take" + suffix, "", normal(b.Proxy, f)},
+			{"direct", "direct", "", normal(b.Direct, f), false},
+			{"deny", "denied" + suffix, "deny", normal(b.Deny, f), false},
+			{"icmp", "denied_icmp" + suffix, "deny_icmp", normal(b.ICMP, f), false},
+			{"drop", "denied_drop" + suffix, "deny_drop", normal(b.Drop, f), false},
+			{"proxy", "take" + suffix, "", normal(b.Proxy, f), false},
 		}
 		whole, err := covers(f, lists[0].ranges, lists[1].ranges, lists[2].ranges, lists[3].ranges, lists[4].ranges)
 		if err != nil {
 			return err
 		}
+		lists = t.logged(lists)
 		rest := -1
 		if whole {
 			for i, l := range lists {
@@ -308,7 +321,7 @@ func (t *table) block(m Marks, c *chain, n int, b *Block) error {
 				}
 			}
 		}
-		var ends [5][]statement
+		ends := make([][]statement, len(lists))
 		for i, l := range lists {
 			if len(l.ranges) == 0 {
 				continue
@@ -318,6 +331,12 @@ func (t *table) block(m Marks, c *chain, n int, b *Block) error {
 			switch {
 			case l.then != "":
 				end[0] = going(t.refusal(name(l.name), f, l, b.Final))
+			case l.log:
+				// What is told pays for that, and nothing else does.
+				c := t.chain(name(l.name) + f.digit())
+				t.tell(c, tag)
+				c.add(count(t.object(tag)), going(l.to))
+				end[0] = going(c.name)
 			case l.name == "direct" && one && tag != "":
 				end = []statement{count(t.object(tag)), going(l.to)}
 			}
@@ -351,6 +370,31 @@ type list struct {
 	to     string // where its packets go
 	then   string // of a refusal: where they go on behind the look at what is never refused
 	ranges []Range
+	log    bool // they have one tag, which is to be told of
+}
+
+// logged makes lists of their own of what is to be told of, behind the others.
+func (t *table) logged(lists []list) []list {
+	for i, l := range lists { // as they were
+		told := func(r Range) bool { _, ok := t.told[r.Tag]; return ok && r.Tag != "" }
+		if l.name == "proxy" || !slices.ContainsFunc(l.ranges, told) {
+			continue
+		}
+		of := map[int][]Range{}
+		var rest []Range
+		for _, r := range l.ranges {
+			if told(r) {
+				of[t.told[r.Tag]] = append(of[t.told[r.Tag]], r)
+			} else {
+				rest = append(rest, r)
+			}
+		}
+		lists[i].ranges = rest
+		for _, n := range slices.Sorted(maps.Keys(of)) {
+			lists = append(lists, list{fmt.Sprintf("%s_log%d", l.name, n), l.to, l.then, of[n], true})
+		}
+	}
+	return lists
 }
 
 // protocols returns the alternatives that a block's networks and ports make.

@@ -66,8 +66,11 @@ func fullPlan() Plan {
 				Proxy: ranges("0.0.0.0-9.255.255.255", "11.0.0.0-192.167.255.255", "192.169.0.0-255.255.255.239")},
 			{Networks: TCP, Ports: []PortRange{{9, 9}}, Direct: tagged("a", "203.0.113.0/25"), Deny: append(tagged("b", "198.51.100.0/25"), tagged("c", "198.51.100.128/25")...)},
 			{Networks: TCP, Ports: []PortRange{{8, 8}}, Direct: append(tagged("a", "0.0.0.0/1"), tagged("b", "128.0.0.0/1")...), Drop: tagged("a", "::/0")},
+			{Networks: TCP, Ports: []PortRange{{7, 7}}, Direct: append(tagged("a", "0.0.0.0/2"), tagged("told", "64.0.0.0/2")...), Deny: tagged("told", "128.0.0.0/2"),
+				ICMP: tagged("also", "192.0.0.0/2", "::/0")},
 			{Proxy: ranges("::/0")},
 		},
+		Log: []string{"", "told", "also"},
 	}
 }
 

@@ -1,6 +1,7 @@
 package redirect
 
 import (
+	"maps"
 	"net"
 	"slices"
 	"strconv"
@@ -68,6 +69,9 @@ func (t *table) refusal(name string, f family, l list, final bool) string {
 	c.add(jump("implicit"))
 	if !final {
 		c.add(jump("admitted"))
+	}
+	if l.log {
+		t.tell(c, tag)
 	}
 	if one {
 		c.add(count(t.object(tag)), going(l.then))
@@ -145,11 +149,13 @@ func (r *Redirect) carryOver(before map[string]Count, now tallies) {
 	}
 }
 
+// counters returns the names of those that the table has.
+func (t *table) counters() []string {
+	return append(counterNames(), slices.Sorted(maps.Values(t.tallies.objects))...)
+}
+
 // staleObjects returns the counters that are there of plans before.
 func (t *table) staleObjects(there []string) []string {
-	have := counterNames()
-	for _, name := range t.tallies.objects {
-		have = append(have, name)
-	}
+	have := t.counters()
 	return stale(there, func(n string) bool { return slices.Contains(have, n) })
 }

@@ -2,7 +2,6 @@ package redirect
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 )
 
@@ -17,18 +16,13 @@ func Text(p Plan) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	t, err := newTable(&p, "a", liveSets[0], p.wantsAlive(), groups)
+	t, err := newTable(&p, "a", liveSets[0], p.wantsAlive(), groups, logGroup)
 	if err != nil {
 		return "", err
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "table inet %s {\n", tableName)
-	names := counterNames()
-	for _, n := range t.tallies.objects {
-		names = append(names, n)
-	}
-	slices.Sort(names[len(counterNames()):])
-	for _, c := range names {
+	for _, c := range t.counters() {
 		fmt.Fprintf(&b, "\tcounter %s {\n\t}\n\n", c)
 	}
 	for _, s := range t.sets {

@@ -138,7 +138,8 @@ func (b *Block) list(r *Rule, network flow.Network) *[]Range {
 	return &b.Deny
 }
 
-// together makes one range of those that are side by side, whoever decides them.
+// together makes one range of those that are side by side, whoever decides them, but
+// for rules that say log.
 func together(list []Range) []Range {
 	one := true
 	for _, r := range list {
@@ -146,11 +147,12 @@ func together(list []Range) []Range {
 	}
 	out := list[:0]
 	for _, r := range list {
-		if last := len(out) - 1; last >= 0 && out[last].To.Next() == r.From {
+		apart := r.Rule.Log
+		if last := len(out) - 1; last >= 0 && out[last].To.Next() == r.From && (out[last].Rule == r.Rule || !apart && (out[last].Rule == nil || !out[last].Rule.Log)) {
 			out[last].To = r.To
 			continue
 		}
-		if !one {
+		if !one && !apart {
 			r.Rule = nil
 		}
 		out = append(out, r)

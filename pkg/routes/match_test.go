@@ -409,6 +409,26 @@ func TestKernelBlocksOfUDP(t *testing.T) {
 	}
 }
 
+// TestKernelKeepsLogApart: however many ranges a list has, those of a rule that says
+// log are told apart from others.
+func TestKernelKeepsLogApart(t *testing.T) {
+	var rules []string
+	for i := range maxApart {
+		rules = append(rules, fmt.Sprintf("DIRECT 10.%d.%d.0/25", i/256, i%256), fmt.Sprintf("DIRECT 10.%d.%d.128/25", i/256, i%256))
+	}
+	rules[6] += " log"
+	b := mustParse(t, rules...).Kernel()[0]
+	var logged []string
+	for _, r := range b.Direct {
+		if r.Rule != nil {
+			logged = append(logged, r.String()+" "+r.Rule.Text)
+		}
+	}
+	if got := fmt.Sprint(len(b.Direct), logged); got != "3 [{10.0.3.0 10.0.3.127} DIRECT 10.0.3.0/25 log]" {
+		t.Error(got)
+	}
+}
+
 func TestKernelBlocks(t *testing.T) {
 	table := mustParse(t, "DENY 10.1.2.3", "SOCKD5 @=192.0.2.1 www.example.org", "SOCKD5 @=192.0.2.1 10.1.0.0/16", "DIRECT 10.0.0.0/8", "DENY * eq 25", "SOCKD5 @=192.0.2.1 *")
 	blocks := table.Kernel()

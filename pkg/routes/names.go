@@ -188,7 +188,7 @@ const maxScopePorts = 256
 // A DIRECT rule for every address needs no set, the kernel has it anyway; and
 // what is final the kernel asks before the set.
 func (t *Table) admissible(all, mine []*Rule) bool {
-	if !slices.ContainsFunc(mine, needsAdmission) {
+	if !slices.ContainsFunc(mine, (*Rule).NeedsAdmission) {
 		return true
 	}
 	for _, r := range all {
@@ -200,9 +200,9 @@ func (t *Table) admissible(all, mine []*Rule) bool {
 	return !slices.ContainsFunc(directScopes(mine), Scope.tooWide)
 }
 
-// needsAdmission tells whether a rule makes flows DIRECT that the kernel does
-// not know of.
-func needsAdmission(r *Rule) bool { return r.Action == Direct && !r.anyAddress() }
+// NeedsAdmission tells whether the rule makes flows DIRECT by their names of which
+// the kernel does not know that by their addresses.
+func (r *Rule) NeedsAdmission() bool { return r.Action == Direct && !r.anyAddress() }
 
 func (s Scope) whole() bool { return s.Ports == PortRange{0, 65535} }
 
@@ -282,7 +282,7 @@ func (t *Table) DirectScopes(name string, client flow.Flow, addr netip.Addr, loc
 	}
 	slices.SortFunc(rules, func(a, b *Rule) int { return a.Index - b.Index })
 	rules = forEveryone(slices.Compact(rules))
-	if !slices.ContainsFunc(rules, needsAdmission) {
+	if !slices.ContainsFunc(rules, (*Rule).NeedsAdmission) {
 		return nil, false // the kernel lets it pass by its rules, if at all
 	}
 	if !slices.ContainsFunc(rules, func(r *Rule) bool { return r.Action != Direct }) {
