@@ -68,8 +68,12 @@ func (s *Status) trouble(now time.Time) (list []string) {
 			say("%s: %d of %d are in use", l.Name, l.Used, l.Max)
 		}
 	}
-	if p := s.DNS.Pool; p.Max > 0 && float64(p.Pinned) >= nearLimit*float64(p.Max) {
+	p := s.DNS.Pool
+	if p.Max > 0 && float64(p.Pinned) >= nearLimit*float64(p.Max) {
 		say("names: %d of %d have living flows, and no other can take their place; use a larger pool", p.Pinned, p.Max)
+	}
+	if p.LastFull.After(now.Add(-troubleFor)) {
+		say("names: no synthetic address is free: %d questions without an answer so far, the last %v ago; use a larger pool", p.Full, now.Sub(p.LastFull).Round(time.Second))
 	}
 	bad := 0
 	for _, u := range s.Servers {

@@ -113,7 +113,7 @@ func (c scrape) status(s Status) {
 	gauge("dns_names", "Names that have a synthetic address.", float64(s.DNS.Pool.Names))
 	gauge("dns_names_max", "Names that can have one.", float64(s.DNS.Pool.Max))
 	counter("dns_names_evicted", "Names that lost theirs to make room.", s.DNS.Pool.Evicted)
-	counter("dns_pool_full", "Questions without an answer, since every name has a live flow.", s.DNS.Pool.Full)
+	counter("dns_pool_full", "Questions without an answer, since every name has a live flow or every free address rests.", s.DNS.Pool.Full)
 	counter("dns_unowned", "Look-ups of synthetic addresses that no name has.", s.DNS.Pool.Unowned)
 	counter("state_errors", "Writes to the state directory that failed.", s.DNS.Pool.StoreErrors)
 

@@ -47,14 +47,15 @@ type pool struct {
 
 // PoolStats is what the synthetic addresses are like.
 type PoolStats struct {
-	Names       int    `json:"names"`        // that have an address
-	Max         int    `json:"max"`          // names at most
-	Pinned      int    `json:"pinned"`       // names with live flows
-	Evicted     uint64 `json:"evicted"`      // names that lost theirs
-	Full        uint64 `json:"full"`         // questions without an answer for want of an address
-	Unowned     uint64 `json:"unowned"`      // look-ups of addresses that no name has
-	StoreErrors uint64 `json:"store_errors"` // writes to the file that failed
-	StoreError  string `json:"store_error,omitempty"`
+	Names       int       `json:"names"`        // that have an address
+	Max         int       `json:"max"`          // names at most
+	Pinned      int       `json:"pinned"`       // names with live flows
+	Evicted     uint64    `json:"evicted"`      // names that lost theirs
+	Full        uint64    `json:"full"`         // questions without an answer for want of an address
+	LastFull    time.Time `json:"-"`            // when Full was counted last
+	Unowned     uint64    `json:"unowned"`      // look-ups of addresses that no name has
+	StoreErrors uint64    `json:"store_errors"` // writes to the file that failed
+	StoreError  string    `json:"store_error,omitempty"`
 }
 
 // prefix is a range of addresses to count in; the zero value has none.
@@ -116,7 +117,7 @@ func openPool(o *Options) (*pool, error) {
 			return nil, fmt.Errorf("fakedns: pool %v has no address to give", r)
 		}
 	}
-	most := int(limit-1) - int(limit-1)/8
+	most := int(limit-1) - max(1, int(limit-1)/8) // the others rest
 	if o.Max > 0 {
 		most = min(most, o.Max)
 	}
@@ -179,20 +180,23 @@ func (p *pool) index(name []byte) (uint32, error) {
 		return 0, errLent
 	}
 	at := p.now()
-	if t.size >= t.max {
-		v := t.victim()
-		if v == 0 {
-			p.stats.Full++
-			return 0, errFull
-		}
+	full := t.size >= t.max
+	var v, i uint32
+	if full {
+		v = t.victim()
+	}
+	if v != 0 || !full { // nobody loses an address before there is one to give
+		i = t.free(at, p.quarantine)
+	}
+	if i == 0 {
+		p.stats.Full++
+		p.stats.LastFull = time.Now()
+		return 0, errFull
+	}
+	if full {
 		t.evict(v, at)
 		p.pending = appendRecord(p.pending, recordEvicted, v, at, nil)
 		p.stats.Evicted++
-	}
-	i := t.free(at, p.quarantine)
-	if i == 0 {
-		p.stats.Full++
-		return 0, errFull
 	}
 	t.put(i, name)
 	p.pending = appendRecord(p.pending, recordGiven, i, 0, name)
