@@ -102,7 +102,8 @@ func MetricsHandler(o Options) http.Handler {
 
 // Listen opens the control socket at path, making its folder (mode 0755) if
 // need be. A socket left behind by a daemon that died is replaced; one that
-// answers belongs to a living daemon and is an error.
+// answers belongs to a living daemon and is an error, and so is anything else
+// at path.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("control: %w", err)
@@ -110,6 +111,9 @@ func Listen(path string) (net.Listener, error) {
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		c.Close()
 		return nil, fmt.Errorf("control: %s: another daemon answers there", path)
+	}
+	if f, err := os.Lstat(path); err == nil && f.Mode().Type() != fs.ModeSocket {
+		return nil, fmt.Errorf("control: %s is there, and is no socket: name another path by [control] socket", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("control: %w", err)

@@ -79,6 +79,17 @@ func TestListenReplacesTheDeadOnly(t *testing.T) {
 	if _, err := Listen(path); err == nil {
 		t.Error("a living socket was replaced")
 	}
+	file := filepath.Join(t.TempDir(), "notes")
+	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if ln, err := Listen(file); err == nil {
+		ln.Close()
+		t.Error("a file was replaced")
+	}
+	if b, err := os.ReadFile(file); err != nil || string(b) != "mine" {
+		t.Errorf("the file has %q, %v", b, err)
+	}
 }
 
 func TestNoDaemon(t *testing.T) {
