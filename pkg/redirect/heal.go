@@ -205,6 +205,7 @@ func (r *Redirect) heal(e *event) []string {
 		}
 	}
 	for _, f := range e.foreign {
+		e.policy = e.policy || f.family == unix.AF_INET6 && r.policy.off // lo may have IPv6 again
 		if f.table != r.plan.Table {
 			continue
 		}

@@ -39,6 +39,7 @@ type policy struct {
 	h       *netlink.Handle
 	conf    *nl.Conn // for what the handle does not know
 	without []string // interfaces of the plan that do not give the Entered mark
+	off     bool     // lo has no IPv6, and so no routes of ours; it may get it back
 }
 
 // dialPolicy connects in the network namespace of the calling thread.
@@ -156,8 +157,14 @@ func (p *policy) ensure(plan *Plan, only func(pref int) bool) (m missing, err er
 		}
 		added, err := p.addRoutes(plan, fam)
 		m.routes += added
-		if fam == unix.AF_INET6 && noFamily(err) {
-			continue
+		if fam == unix.AF_INET6 {
+			if noFamily(err) {
+				continue
+			}
+			// By disable_ipv6 of lo. Without the routes the rules refuse.
+			if p.off = errors.Is(err, unix.EACCES); p.off {
+				err = nil
+			}
 		}
 		if err != nil {
 			return m, err
