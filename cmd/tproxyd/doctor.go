@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"time"
 
@@ -40,8 +41,8 @@ host is told nothing.`,
 		if err != nil {
 			return err
 		}
-		i := setup.Config.Intercept
-		h := doctor.Host{Marks: i.Mark, Interfaces: i.Interfaces, Socket: setup.Config.Control.Socket}
+		i, dns := setup.Config.Intercept, setup.Config.DNS
+		h := doctor.Host{Marks: i.Mark, Interfaces: i.Interfaces, Synthetic: []netip.Prefix{dns.Pool4, dns.Pool6}, Socket: setup.Config.Control.Socket}
 		if socket != "" {
 			h.Socket = socket
 		}

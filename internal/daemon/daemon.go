@@ -227,7 +227,8 @@ func (d *Daemon) listen(e *estate, log *slog.Logger) (err error) {
 			return err
 		}
 	}
-	for _, h := range redirect.Hindrances(d.mark) {
+	pools := d.setup.Config.DNS
+	for _, h := range append(redirect.Hindrances(d.mark), redirect.SyntheticHindrances(pools.Pool4, pools.Pool6)...) {
 		d.log.Warn(h.What+": "+h.Why, "mend", h.Mend)
 	}
 	return nil

@@ -29,9 +29,10 @@ type Finding struct {
 // intercepted.
 type Host struct {
 	Marks      redirect.Marks
-	Interfaces []string // those whose flows are taken
-	State      string   // directory of what must survive; empty: none
-	Socket     string   // of a running daemon; empty or unanswered: there is none
+	Interfaces []string       // those whose flows are taken
+	Synthetic  []netip.Prefix // pools of addresses that stand for names
+	State      string         // directory of what must survive; empty: none
+	Socket     string         // of a running daemon; empty or unanswered: there is none
 
 	// Servers asks each SOCKS server for a greeting; nil: none is asked.
 	Servers func(ctx context.Context) ([]Server, error)
@@ -63,7 +64,7 @@ const (
 func Examine(ctx context.Context, h Host) Report {
 	var r Report
 	add := func(list ...Finding) { r.Findings = append(r.Findings, list...) }
-	for _, i := range slices.Concat(redirect.Hindrances(h.Marks), redirect.DirectHindrances(h.Marks, h.Interfaces)) {
+	for _, i := range slices.Concat(redirect.Hindrances(h.Marks), redirect.DirectHindrances(h.Marks, h.Interfaces), redirect.SyntheticHindrances(h.Synthetic...)) {
 		add(Finding(i))
 	}
 	add(abilities()...)

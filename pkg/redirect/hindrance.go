@@ -4,18 +4,21 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Hindrance is something of the host's own set-up that stops packets which a
 // Plan has us take or let pass.
 type Hindrance struct {
-	Check string // a word for its kind: input, forward, bridge, mark, rp_filter
+	Check string // a word for its kind: input, forward, bridge, mark, rp_filter, pool
 	What  string // what it is
 	Why   string // what it does to flows
 	Mend  string // a command line, or what to change
@@ -35,6 +38,45 @@ func Hindrances(m Marks) []Hindrance {
 // which the host forwards: filters of others, and reverse paths that go by marks.
 func DirectHindrances(m Marks, interfaces []string) []Hindrance {
 	return append(forwardChains(m, interfaces), reversePaths(interfaces)...)
+}
+
+// SyntheticHindrances looks for networks that this host is in, or has a route
+// to, where addresses stand for names: what is sent to them is refused, and hosts
+// in such a network ask for a neighbour of that address instead of sending to us.
+func SyntheticHindrances(pools ...netip.Prefix) (list []Hindrance) {
+	found := func(pool netip.Prefix, what string) {
+		list = append(list, Hindrance{
+			Check: "pool",
+			What:  fmt.Sprintf("%s has addresses of the synthetic pool %s", what, pool),
+			Why:   "what is sent there is taken for a name's, and refused; in a network that has the pool no name can be reached",
+			Mend:  "name a prefix that is used nowhere by [dns] pool4 or pool6 in tproxyd.toml",
+		})
+	}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil
+	}
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil
+	}
+	for _, pool := range pools {
+		for _, a := range addrs {
+			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Overlaps(pool) {
+				found(pool, "the network of this host's address "+p.String())
+			}
+		}
+		for _, r := range routes {
+			if r.Dst == nil || r.Type != unix.RTN_UNICAST || r.Protocol == unix.RTPROT_KERNEL {
+				continue
+			}
+			p, err := netip.ParsePrefix(r.Dst.String())
+			if err == nil && p.Bits() >= pool.Bits() && pool.Contains(p.Addr()) {
+				found(pool, "the route to "+p.String())
+			}
+		}
+	}
+	return list
 }
 
 // filters calls f for each base chain of others that filters at a hook, with

@@ -73,3 +73,27 @@ func TestDirectHindrances(t *testing.T) {
 		})
 	}
 }
+
+func TestSyntheticHindrances(t *testing.T) {
+	t.Parallel()
+	pools := prefixes("198.18.0.0/15", "fd74:7072:6f78::/96")
+	for name, tt := range map[string]struct{ line, want string }{
+		"elsewhere":          {"ip addr add 198.17.0.1/16 dev lan0", ""},
+		"address":            {"ip addr add 198.18.0.1/30 dev lan0", "198.18.0.1/30 has addresses of the synthetic pool"},
+		"address, 6":         {"ip addr add fd74:7072:6f78::1/64 dev lan0", "fd74:7072:6f78::1/64 has addresses of the synthetic pool"},
+		"network around it":  {"ip addr add 198.1.2.3/8 dev lan0", "198.1.2.3/8 has addresses of the synthetic pool"},
+		"route":              {"ip route add 198.19.0.0/24 dev lan0", "route to 198.19.0.0/24 has addresses of the synthetic pool"},
+		"route around it":    {"ip route add 128.0.0.0/1 dev lan0", ""},
+		"route that refuses": {"ip route add blackhole 198.18.0.0/15", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNetns(t)
+			n.run("ip link add lan0 type veth peer name x", "ip link set lan0 up", tt.line)
+			var got []Hindrance
+			n.do(func() { got = SyntheticHindrances(pools...) })
+			if (tt.want == "") != (len(got) == 0) || tt.want != "" && (len(got) != 1 || !strings.Contains(got[0].String(), tt.want)) {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
