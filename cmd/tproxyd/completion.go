@@ -12,7 +12,7 @@ func completionCommand(e *env) *cobra.Command {
 		Short: "Print what makes a shell complete commands and options",
 		Example: `  source <(tproxyd completion bash)
   tproxyd completion zsh >/usr/share/zsh/site-functions/_tproxyd`,
-		Args:      cobra.ExactArgs(1),
+		Args:      takes("shell"),
 		ValidArgs: []string{"bash", "zsh", "fish"},
 		RunE: func(c *cobra.Command, args []string) error {
 			switch args[0] {

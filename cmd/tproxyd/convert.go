@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -24,7 +25,7 @@ standard input. User names and passwords are not copied.
 
 Formats: ` + strings.Join(convert.Formats(), ", ") + ".",
 		Example: "  tproxyd convert --from hummingbird old/socks.cnf > socks.cnf\n  tproxyd convert --from dante /etc/socks.conf > socks.cnf",
-		Args:    cobra.ExactArgs(1),
+		Args:    takes("FILE"),
 	}
 	c.Flags().StringVar(&from, "from", "", "`FORMAT` of the file: "+strings.Join(convert.Formats(), ", "))
 	c.MarkFlagRequired("from")
@@ -35,6 +36,9 @@ Formats: ` + strings.Join(convert.Formats(), ", ") + ".",
 }
 
 func (e *env) convert(f convert.Format, path string) error {
+	if all := convert.Formats(); !slices.Contains(all, string(f)) {
+		return fmt.Errorf("convert: no format %q; there are %s", f, strings.Join(all, ", "))
+	}
 	in, name := io.Reader(os.Stdin), "-"
 	if path != "-" {
 		file, err := os.Open(path)

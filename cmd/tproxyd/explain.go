@@ -2,10 +2,10 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -32,7 +32,7 @@ written in the rule.
 Without --if the flow is one of this host. Its process is unknown unless --uid,
 --gid, --cgroup or --program say something of it.`,
 		Example: "  tproxyd explain www.example.org:80\n  tproxyd explain --routes socks.cnf --src 10.1.2.3 '[2001:db8::1]:443'\n  tproxyd explain --uid www-data --cgroup /system.slice/web.service 203.0.113.1:80",
-		Args:    cobra.ExactArgs(1),
+		Args:    takes("DEST:PORT"),
 	}
 	src.flags(c)
 	who.flags(c)
@@ -51,6 +51,10 @@ Without --if the flow is one of this host. Its process is unknown unless --uid,
 			return err
 		}
 		x := setup.Table.Explain(f, surroundings(setup))
+		if c := setup.Config; c != nil && f.InIf != "" && !slices.Contains(c.Intercept.Interfaces, f.InIf) {
+			x.Kernel, x.Place = "not taken, since [intercept] interfaces has no "+f.InIf, nil
+			x.Notes = append(x.Notes, "the verdict is for a flow that is taken")
+		}
 		if asJSON {
 			enc := json.NewEncoder(e.stdout)
 			enc.SetIndent("", "  ")
@@ -91,7 +95,7 @@ func parseFlow(dest, proto string) (f flow.Flow, err error) {
 	f.Name = strings.ToLower(strings.TrimSuffix(host, "."))
 	f.Dst = netip.AddrPortFrom(netip.Addr{}, uint16(port))
 	if f.Name == "" || strings.ContainsAny(f.Name, "/*") || strings.ContainsFunc(f.Name, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
-		return f, errors.New("the destination has no name or address")
+		return f, fmt.Errorf("%q is neither a name nor an address", host)
 	}
 	return f, nil
 }

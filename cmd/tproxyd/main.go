@@ -40,12 +40,13 @@ func run(e *env, args []string) int {
 	root.SetArgs(args)
 	root.SetOut(e.stdout)
 	root.SetErr(e.stderr)
-	err := root.ExecuteContext(context.Background())
-	return e.status(err)
+	c, err := root.ExecuteContextC(context.Background())
+	return e.status(c, err)
 }
 
-// status says what went wrong and returns the exit status that it deserves.
-func (e *env) status(err error) int {
+// status says what went wrong in a command and returns the exit status that it
+// deserves.
+func (e *env) status(c *cobra.Command, err error) int {
 	var diags routes.Diagnostics
 	var failed *failure
 	var x exited
@@ -63,7 +64,7 @@ func (e *env) status(err error) int {
 		}
 		return exitFailed
 	}
-	fmt.Fprintf(e.stderr, "tproxyd: %v\nTry 'tproxyd --help'.\n", err)
+	fmt.Fprintf(e.stderr, "tproxyd: %v\nTry '%s --help'.\n", err, c.CommandPath())
 	return exitUsage
 }
 
@@ -121,16 +122,31 @@ behind it are not touched.`),
   tproxyd check -c /etc/tproxyd/tproxyd.toml    every mistake in the files
   tproxyd explain www.example.org:80            what becomes of a flow, and why
   tproxyd serve -c /etc/tproxyd/tproxyd.toml    the daemon`, "\n"),
+		Version:       buildVersion(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
+	root.SetVersionTemplate("tproxyd {{.Version}}\n")
 	root.AddCommand(
 		serveCommand(e), checkCommand(e), explainCommand(e), convertCommand(e), reloadCommand(e), statusCommand(e), flowsCommand(e), doctorCommand(e),
 		closeCommand(e), runCommand(e), attachCommand(e), cleanupCommand(e), demoCommand(e), completionCommand(e), versionCommand(e),
 	)
 	return root
+}
+
+// takes is what a command takes, by the words of its usage line.
+func takes(names ...string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		switch {
+		case len(args) < len(names):
+			return fmt.Errorf("%s: %s is missing", c.Name(), names[len(args)])
+		case len(args) > len(names):
+			return fmt.Errorf("%s: %q is too much, it takes one %s", c.Name(), args[len(names)], strings.Join(names, " "))
+		}
+		return nil
+	}
 }
 
 // configFlag gives a command the flag -c.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -30,13 +31,19 @@ func controlFlags(e *env, c *cobra.Command) func() (*control.Client, error) {
 	}
 }
 
+// reloaded is what became of a reload, for programs.
+type reloaded struct {
+	Result string   `json:"result"` // reloaded or refused
+	Errors []string `json:"errors"` // of the files, one a line
+}
+
 // reloadLimit is less than what systemd waits for by default.
 const reloadLimit = 80 * time.Second
 
 func reloadCommand(e *env) *cobra.Command {
-	var upgrade bool
+	var upgrade, asJSON bool
 	c := &cobra.Command{
-		Use:   "reload [--upgrade] [-c FILE | --socket PATH]",
+		Use:   "reload [--upgrade | --json] [-c FILE | --socket PATH]",
 		Short: "Make the running daemon read its files again",
 		Long: `Make the running daemon read its files again. No flow is cut, but those that
 were DIRECT and no longer may be. If a file has an error the old rules stay in
@@ -52,6 +59,8 @@ in a unit of systemd is upgraded so by "systemctl reload".`,
 	}
 	daemon := controlFlags(e, c)
 	c.Flags().BoolVar(&upgrade, "upgrade", false, "take the daemon's place if it is of another program file than this command")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON: the result, reloaded or refused, and the errors")
+	c.MarkFlagsMutuallyExclusive("json", "upgrade")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		client, err := daemon()
 		if err != nil {
@@ -66,11 +75,22 @@ in a unit of systemd is upgraded so by "systemctl reload".`,
 		}
 		err = client.Reload(ctx)
 		var refused *control.Refused
-		if errors.As(err, &refused) {
-			fmt.Fprintln(e.stderr, strings.TrimRight(refused.Text, "\n"))
-			return errRefused
+		result := reloaded{Result: "reloaded", Errors: []string{}}
+		switch {
+		case errors.As(err, &refused):
+			result = reloaded{"refused", strings.Split(strings.TrimRight(refused.Text, "\n"), "\n")}
+			err = errRefused
+		case err != nil:
+			return failed(err)
 		}
-		return failed(err)
+		if asJSON {
+			if err := json.NewEncoder(e.stdout).Encode(result); err != nil {
+				return failed(err)
+			}
+		} else if refused != nil {
+			fmt.Fprintln(e.stderr, strings.Join(result.Errors, "\n"))
+		}
+		return err
 	}
 	return c
 }

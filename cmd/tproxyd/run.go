@@ -62,7 +62,12 @@ itself failed, 126 if the command cannot be executed, 127 if it is not there.`,
 		Example: `  tproxyd run --socks 10.0.3.1 -- curl https://www.example.org/
   tproxyd run --routes socks.cnf -v -- ./integration-test
   tproxyd run --socks 10.0.3.1 --publish 8080:80 -- python3 -m http.server 80`,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return errors.New("run: COMMAND is missing")
+			}
+			return nil
+		},
 	}
 	f := c.Flags()
 	f.SetInterspersed(false)

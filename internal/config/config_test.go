@@ -86,6 +86,7 @@ func TestParseReportsAll(t *testing.T) {
 		{"[intercept]\ninterface = []", `t.toml:2:1: error T02: unknown key "intercept.interface"; the keys of [intercept] are dns, drain, fail, interfaces, local, mark, table`},
 		{"[intercept]\n  local = 1", `t.toml:2:3: error T03: intercept.local: wrong type: want true or false`},
 		{"[intercept]\ninterfaces = \"lan0\"", `t.toml:2:1: error T03: intercept.interfaces: wrong type: want a list in brackets, as in ["a", "b"]`},
+		{"[intercept]\ninterfaces = [\"lan*\"]", `t.toml:2:1: error T04: intercept.interfaces: "lan*": there are no patterns of interfaces; name each one`},
 		{"[intercept]\ninterfaces = [\"a b\", \"lo\"]", `t.toml:2:1: error T04: intercept.interfaces: "a b" is not an interface name; "lo" cannot be named; this host's own flows are taken with local = true`},
 		{"[intercept]\nfail = \"ajar\"", `t.toml:2:1: error T04: intercept.fail: "ajar" is neither "closed" nor "open"`},
 		{"[intercept]\nmark = \"7000\"", `t.toml:2:1: error T04: intercept.mark: redirect: mark "7000" is not VALUE/MASK, as "0x7000/0xf000"`},

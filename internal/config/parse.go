@@ -244,6 +244,8 @@ func setList[T any](dst *[]T, v any, parse func(string) (T, error)) error {
 // parseInterface checks a name as the kernel does (dev_valid_name).
 func parseInterface(s string) (string, error) {
 	switch {
+	case strings.ContainsAny(s, "*+"): // which the kernel takes, and nobody means
+		return "", fmt.Errorf("%q: there are no patterns of interfaces; name each one", s)
 	case s == "" || len(s) > 15 || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n"):
 		return "", fmt.Errorf("%q is not an interface name", s)
 	case s == "lo":

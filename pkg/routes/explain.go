@@ -93,7 +93,7 @@ func (x *Explanation) name(t *Table, s *Surroundings, f flow.Flow) {
 	case Real:
 		x.DNS = "resolved here, real addresses: " + v.Why
 		x.note("the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
-		f.Name = ""
+		f.Name, x.Kernel = "", byAddress
 		x.decide(t, f, t.Match(f))
 	case RealDirect:
 		x.DNS = "resolved here, real addresses, which enter the kernel's DIRECT set: " + v.Why
@@ -105,14 +105,16 @@ func (x *Explanation) name(t *Table, s *Surroundings, f flow.Flow) {
 			x.addressRule(t, f, r)
 		} else {
 			x.note("this port is not DIRECT and the flow has no name, so its address decides; the verdict is for an address that only catch-all rules match")
-			f.Name = ""
+			f.Name, x.Kernel = "", byAddress
 			r = t.Match(f)
 		}
 		x.decide(t, f, r)
 	case LocalFirst:
 		x.DNS = "resolved here if it can be, else a synthetic address: " + v.Why
 		x.note("the verdict is for the synthetic address; if the name resolves here its address decides")
-		x.decide(t, f, t.Match(f))
+		r := t.Match(f)
+		x.Kernel = synthetic + here(f, r)
+		x.decide(t, f, r)
 	default:
 		x.DNS = "a synthetic address: " + v.Why
 		r := t.Match(f)
@@ -134,6 +136,9 @@ const dnsPort = 53
 
 // synthetic is what the kernel does with a flow to a synthetic address.
 const synthetic = "diverted to user space, as every synthetic address"
+
+// byAddress is what the kernel does with a flow to a name that is resolved here.
+const byAddress = "what the rules say of its address"
 
 // found is what the kernel does with a flow of a program of EXCLUDE-MODULE.
 const found = "diverted to user space, which finds the program; this host dials for it"

@@ -285,9 +285,17 @@ func TestReloadWithErrors(t *testing.T) {
 
 	d.routes(t, fiftyMistakes())
 	d.cli(t, "reload", "-c", d.config).allFifty(t)
+	var told struct {
+		Result string
+		Errors []string
+	}
+	r := d.cli(t, "reload", "--json", "-c", d.config).exit(t, 2)
+	if err := json.Unmarshal([]byte(r.out), &told); err != nil || told.Result != "refused" || len(told.Errors) < 50 || r.err != "" {
+		t.Errorf("reload --json: %v, %q, %d errors, standard error %q", err, told.Result, len(told.Errors), r.err)
+	}
 	d.cmd.Process.Signal(syscall.SIGHUP)
 	eventually(t, 5*time.Second, "the signal is followed", func() bool {
-		return d.metric(t, `tproxyd_reloads_total{result="refused"}`) == refused+2
+		return d.metric(t, `tproxyd_reloads_total{result="refused"}`) == refused+3
 	})
 	if now := uncounted(w.gateway.kernel(t)); now != kernel {
 		t.Errorf("a reload that was refused changed the kernel's state:\n%s", lineDiff(kernel, now))
@@ -296,7 +304,9 @@ func TestReloadWithErrors(t *testing.T) {
 	w.client.curl(t, "http://"+outsideAt+":81/old").refused(t)
 
 	d.routes(t, "DENY * 80\nSOCKD5 @=198.51.100.11 *\n")
-	d.reload(t)
+	if r := d.cli(t, "reload", "--json", "-c", d.config).ok(t); r.out != "{\"result\":\"reloaded\",\"errors\":[]}\n" {
+		t.Errorf("reload --json: %q", r.out)
+	}
 	w.client.curl(t, "http://www.example.org/new").refused(t)
 	flows.finish(t)
 	if d.metric(t, `tproxyd_reloads_total{result="done"}`) != 1 {
