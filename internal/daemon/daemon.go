@@ -17,6 +17,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tproxyd/tproxyd/internal/clash"
@@ -65,6 +66,8 @@ type Daemon struct {
 	watcher *watch.Watcher
 
 	admitting sync.RWMutex // writers: a reload, which must not lose an address admitted meanwhile
+
+	lastTallies atomic.Pointer[map[string]redirect.Count] // while another process has the kernel; nil: it has not
 
 	calls      chan *call   // of processes that want to be the successor
 	before     *predecessor // nil: nobody was taken over from

@@ -20,10 +20,11 @@ type Carrier struct {
 	Sessions int `json:"udp_sessions"` // of UDP
 }
 
-// report is what such a process says, itself first, then those before it, or its
-// answer to a question.
+// report is what such a process says, itself first, then those before it; or what it
+// has counted; or its answer to a question.
 type report struct {
 	Carriers []Carrier `json:",omitempty"`
+	Counts   *counts   `json:",omitempty"`
 	Answer   *answer   `json:",omitempty"`
 }
 
@@ -48,12 +49,15 @@ type answer struct {
 	Killed int          `json:",omitempty"`
 }
 
-const maxTold = 100_000
+const maxTold = 100_000 // flows, or rules, in a message
 
 // errDrained ends a daemon that has nothing left to carry.
 var errDrained = errors.New("daemon: taken over, and nothing is carried any longer")
 
-const drainStep = 250 * time.Millisecond // between two looks at what is left
+const (
+	drainStep = 250 * time.Millisecond // between two looks at what is left
+	countStep = 2 * time.Second        // between two words about what was counted
+)
 
 // drain carries on what there is until it has ended, or the limit is over, or ctx
 // ends. It returns errDrained.
@@ -101,6 +105,17 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 		c.SetWriteDeadline(time.Now().Add(stepLimit))
 		c.Send(handover.Message{Body: r}) // if it is gone, nobody wants to know
 	}
+	d.mu.Lock()
+	reloads := d.reloads // there are no more
+	d.mu.Unlock()
+	tell := func() {
+		n, _ := d.counts(reloads)
+		n = n.some()
+		say(report{Counts: &n})
+	}
+	defer tell() // what it ends with
+	count := time.NewTicker(countStep)
+	defer count.Stop()
 	told, cut := "", ""
 	for {
 		r := d.left()
@@ -123,6 +138,8 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 			return errDrained
 		case sum := <-rules:
 			d.obey(sum)
+		case <-count.C:
+			tell()
 		case q := <-asked:
 			say(report{Answer: d.answer(q)})
 		case <-tick.C:

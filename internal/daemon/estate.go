@@ -17,6 +17,7 @@ import (
 	"github.com/tproxyd/tproxyd/pkg/fakedns"
 	"github.com/tproxyd/tproxyd/pkg/flow"
 	"github.com/tproxyd/tproxyd/pkg/redirect"
+	"github.com/tproxyd/tproxyd/pkg/upstream"
 )
 
 // A process that takes the place of another one, the successor, talks to it by a
@@ -96,6 +97,8 @@ type estate struct {
 	Pinned    []netip.Addr
 	Admitted  []gateway.Remembered
 	FirstID   uint64 // IDs of flows are above it
+	Servers   []upstream.Known
+	Counts    counts
 	Questions []flow.Datagram
 	Streams   []stream
 	Datagrams [][]flow.Datagram // of each shard

@@ -128,6 +128,11 @@ func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
 	}
 	e.Metrics, e.Clash = d.setup.Config.Control.Metrics, d.setup.Config.Control.Clash
 
+	e.Servers = d.servers.Known()
+	if last, err := d.kernel.Tallies(); err == nil {
+		d.lastTallies.Store(&last)
+	}
+
 	taking.stop() // accepts nothing more, and closes the sockets of DNS
 	r.stopped = true
 	r.questions, r.streams = d.names.Left()
@@ -160,6 +165,8 @@ func (d *Daemon) part(taking *part) (e *estate, r *remains, err error) {
 	}
 	e.log, e.Whole, e.Pinned = names.Log, names.Whole, names.Pinned
 	e.Admitted = d.gateway.Remembered()
+	e.Counts, _ = d.counts(d.reloads)
+	e.Counts = e.Counts.some()
 	e.FirstID = (d.gateway.NextID()/idRange + 1) * idRange
 	return e, r, nil
 }
@@ -229,6 +236,7 @@ func (c *call) end(err error) {
 
 // goOn takes everything back that is in the estate, for take.
 func (d *Daemon) goOn(e *estate, r *remains) (err error) {
+	d.lastTallies.Store(nil)
 	if r.lent {
 		if err := d.kernel.TakeBack(); err != nil {
 			d.log.Error("the kernel's table", "err", err) // it stays closed, and heals

@@ -10,6 +10,7 @@ import (
 	"github.com/tproxyd/tproxyd/pkg/fakedns"
 	"github.com/tproxyd/tproxyd/pkg/redirect"
 	"github.com/tproxyd/tproxyd/pkg/relay"
+	"github.com/tproxyd/tproxyd/pkg/routes"
 	"github.com/tproxyd/tproxyd/pkg/upstream"
 )
 
@@ -51,6 +52,9 @@ type RuleStatus struct {
 	// routes.Range) or decides nothing without its servers.
 	Packets uint64 `json:"kernel_packets"`
 	Bytes   uint64 `json:"kernel_bytes"`
+
+	rule *routes.Rule // nil: of another process, or gone
+	list string       // as gateway.RuleStats.List
 }
 
 func (r *RuleStatus) add(o RuleStatus) {
@@ -71,35 +75,17 @@ type KernelStatus struct {
 // Status reads everything; the values need not be of one instant.
 func (d *Daemon) Status() Status {
 	d.mu.Lock()
-	s := Status{Started: d.started, Pid: pid, Version: d.version, Config: d.setup.Config.Path, Reloads: d.reloads}
+	s := Status{Started: d.started, Pid: pid, Version: d.version, Config: d.setup.Config.Path}
+	reloads := d.reloads
 	d.mu.Unlock()
-	plan := d.gateway.Plan()
-	tallies, err := d.kernel.Tallies()
+	c, err := d.counts(reloads)
 	if err != nil {
 		s.Kernel.Error = err.Error()
 	}
-	for _, r := range d.gateway.Rules() {
-		rs := RuleStatus{Flows: r.Flows, Up: r.Up, Down: r.Down}
-		tag := ""
-		if r.Rule != nil {
-			tag = tagOf(r.Rule)
-		}
-		rs.Packets, rs.Bytes = tallies[tag].Packets, tallies[tag].Bytes
-		delete(tallies, tag) // of rules with the same words the first one is meant
-		if r.Rule == nil {
-			s.Gone = rs
-			continue
-		}
-		rs.Position, rs.Text, rs.Action = r.Rule.Position(), r.Rule.Text, r.Rule.Action.String()
-		s.Rules = append(s.Rules, rs)
-	}
-	s.Servers = d.servers.Status(plan.Servers())
-	s.Flows = d.gateway.Stats()
-	s.DNS = d.names.Stats()
-	s.Relay = d.engine.Stats()
-	s.UDP = d.packets.Stats()
+	s.Reloads, s.Rules, s.Gone, s.Flows, s.DNS, s.Relay, s.UDP = c.Reloads, c.Rules, c.Gone, c.Flows, c.DNS, c.Relay, c.UDP
+	s.Servers = d.servers.Status(d.gateway.Plan().Servers())
 	s.Before = d.before.carriers()
-	s.Kernel.Healed = d.kernel.Healed()
+	s.Kernel.Healed = c.Healed
 	if s.Kernel.Counters, err = d.kernel.Counters(); err != nil {
 		s.Kernel.Error = err.Error()
 	}

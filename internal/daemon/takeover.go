@@ -92,7 +92,7 @@ func (c *call) takeOver(setup *Setup, log *slog.Logger) (*Daemon, error) {
 		return nil, err
 	}
 	c.pid = e.Pid
-	d.before = &predecessor{call: c, now: []Carrier{{Pid: e.Pid}}, pinned: e.Pinned, answers: make(chan answer, 1), over: make(chan struct{})}
+	d.before = &predecessor{call: c, now: []Carrier{{Pid: e.Pid}}, counts: e.Counts, pinned: e.Pinned, answers: make(chan answer, 1), over: make(chan struct{})}
 	if os.Getenv("NOTIFY_SOCKET") == "" && e.Notify != "" {
 		os.Setenv("NOTIFY_SOCKET", e.Notify)
 	}
@@ -113,6 +113,7 @@ func (d *Daemon) inherit(e *estate, plan *gateway.Plan) ([]redirect.Admission, e
 	}
 	d.gateway.Remember(e.Admitted)
 	d.gateway.CountFrom(e.FirstID)
+	d.servers.Adopt(e.Servers)
 	if e.Rules == d.setup.decidedBy() {
 		return nil, nil
 	}
@@ -151,8 +152,9 @@ type predecessor struct {
 	answers chan answer   // the last one; there is room for it
 	over    chan struct{} // closed when it has ended
 
-	mu  sync.Mutex
-	now []Carrier
+	mu     sync.Mutex
+	now    []Carrier
+	counts counts // what it last said, its end does not change it
 }
 
 func (p *predecessor) ended() bool {
@@ -175,6 +177,16 @@ func (p *predecessor) carriers() []Carrier {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.now
+}
+
+// count adds what it, and those before it, have counted.
+func (p *predecessor) count(c *counts) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	c.add(&p.counts)
 }
 
 // tell tells it by which rules flows are decided from now on.
@@ -207,23 +219,24 @@ func (p *predecessor) ask(q question, log *slog.Logger) (a answer) {
 	p.asked++
 	q.Number = p.asked
 	p.say(ruling{Ask: &q})
-	for limit := time.After(q.Within); ; {
+	for limit := time.After(q.Within); a.Number != q.Number; { // another one was waited for in vain
 		select {
 		case a = <-p.answers:
-			if a.Number != q.Number { // it was waited for in vain
-				continue
+		case <-p.over: // perhaps with this answer
+			select {
+			case a = <-p.answers:
+			default:
+				return answer{}
 			}
-			for i := range a.Flows {
-				a.Flows[i].Process = cmp.Or(a.Flows[i].Process, p.call.pid)
-			}
-			return a
-		case <-p.over:
-			return answer{}
 		case <-limit:
 			log.Warn("the process before this one does not say what it carries", "pid", p.call.pid)
 			return answer{}
 		}
 	}
+	for i := range a.Flows {
+		a.Flows[i].Process = cmp.Or(a.Flows[i].Process, p.call.pid)
+	}
+	return a
 }
 
 // watch hears what the predecessor still carries until it ends. Then the names
@@ -251,7 +264,11 @@ func (d *Daemon) watch(ctx context.Context) error {
 			continue
 		}
 		p.mu.Lock()
-		p.now = r.Carriers
+		if r.Counts != nil {
+			p.counts = *r.Counts
+		} else {
+			p.now = r.Carriers
+		}
 		p.mu.Unlock()
 	}
 	if ctx.Err() != nil {

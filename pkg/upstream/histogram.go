@@ -16,31 +16,31 @@ type Histogram struct {
 
 // spans counts how long something took. Its owner locks it.
 type spans struct {
-	count   uint64
-	sum     time.Duration
-	buckets [len(bounds)]uint64 // not cumulative
+	Count   uint64
+	Sum     time.Duration
+	Buckets [len(bounds)]uint64 // not cumulative
 }
 
 func (s *spans) add(d time.Duration) {
-	s.count++
-	s.sum += d
+	s.Count++
+	s.Sum += d
 	for i, b := range bounds {
 		if d.Seconds() <= b {
-			s.buckets[i]++
+			s.Buckets[i]++
 			return
 		}
 	}
 }
 
 func (s *spans) histogram() Histogram {
-	h := Histogram{Count: s.count, Sum: s.sum.Seconds()}
-	if s.count == 0 {
+	h := Histogram{Count: s.Count, Sum: s.Sum.Seconds()}
+	if s.Count == 0 {
 		return h
 	}
 	h.Buckets = make(map[float64]uint64, len(bounds))
 	below := uint64(0)
 	for i, b := range bounds {
-		below += s.buckets[i]
+		below += s.Buckets[i]
 		h.Buckets[b] = below
 	}
 	return h

@@ -1,14 +1,12 @@
 package netns_test
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,7 +15,6 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
-	"github.com/tproxyd/tproxyd/internal/control"
 	"github.com/tproxyd/tproxyd/internal/socksserver"
 )
 
@@ -353,87 +350,4 @@ func TestTakeoverTwice(t *testing.T) {
 		w.client.curl(t, "http://www.example.org/twice", "-4").ok(t)
 	}
 	flows.finish(t)
-}
-
-// serving is the process that answers for the daemon.
-func (d *daemon) serving(t testing.TB) (p control.Process) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(d.ask(t, "/process")), &p); err != nil {
-		t.Fatal(err)
-	}
-	return p
-}
-
-// TestReloadUpgrade: by reload --upgrade a program file of another version takes the
-// daemon's place, and no flow is cut; the same one reads the files, and one that
-// cannot leaves the daemon as it was.
-func TestReloadUpgrade(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	startMicrosocks(t, w.socks1, socks1At+":1080")
-	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
-	w.outside.answerTCP(t, outsideAt+":7", func(c *net.TCPConn) { io.Copy(c, c) })
-	flow, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
-	if err != nil {
-		t.Fatal(err)
-	}
-	talk(t, flow)
-	next := filepath.Join(w.gateway.dir, "next")
-	out, err := exec.Command("go", "build", "-ldflags", "-X main.version=v9", "-o", next, "github.com/tproxyd/tproxyd/cmd/tproxyd").CombinedOutput()
-	if err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	// upgrade runs it; what the new process prints goes to a file, as to a journal.
-	upgrade := func(program string) (r result, printed string) {
-		t.Helper()
-		log := filepath.Join(w.gateway.dir, "upgrade.log")
-		r = w.gateway.run(t, command{args: []string{"/bin/sh", "-c", `exec "$0" reload --upgrade -c "$1" >"$2" 2>&1`, program, d.config, log}, env: d.env()})
-		b, err := os.ReadFile(log)
-		w.gateway.must(t, err)
-		return r, string(b)
-	}
-	first := d.serving(t)
-	if first.Pid != d.pid() || first.Args[1] != "serve" {
-		t.Errorf("%+v answers, not %d", first, d.pid())
-	}
-
-	if r, printed := upgrade(d.bin); r.code != 0 || d.serving(t).Pid != first.Pid || !strings.Contains(d.output(), "reloaded") {
-		t.Errorf("the same program: exit %d, %s", r.code, printed)
-	}
-
-	config, err := os.ReadFile(d.config)
-	w.gateway.must(t, err)
-	w.gateway.file(t, "tproxyd.toml", strings.Replace(string(config), "local = false", "table = 99", 1), 0o644)
-	if r, printed := upgrade(next); r.code != 2 || !strings.Contains(printed, "changed: [intercept] table") || !strings.Contains(printed, "tproxyd: version v9 cannot take over") {
-		t.Errorf("what cannot take over: exit %d, %s", r.code, printed)
-	}
-	w.gateway.file(t, "tproxyd.toml", string(config), 0o644)
-	w.gateway.file(t, "socks.cnf", "nonsense\n", 0o644)
-	if r, printed := upgrade(next); r.code != 2 || !strings.Contains(printed, "error E01") {
-		t.Errorf("with wrong rules: exit %d, %s", r.code, printed)
-	}
-	d.routes(t, "SOCKD5 @=198.51.100.11 *\n")
-	talk(t, flow)
-	if now := d.serving(t); now.Pid != first.Pid {
-		t.Fatalf("after that %+v serves", now)
-	}
-
-	old := d.process
-	r, printed := upgrade(next)
-	now := d.serving(t)
-	t.Cleanup(func() { syscall.Kill(now.Pid, syscall.SIGKILL) })
-	if r.code != 0 || now.Pid == first.Pid || now.Version != "v9" || !strings.Contains(printed, "has taken over") {
-		t.Fatalf("exit %d, %+v serves, %s", r.code, now, printed)
-	}
-	talk(t, flow)
-	w.client.curl(t, "http://www.example.org/upgraded", "-4").ok(t)
-	if out := d.cli(t, "status", "-c", d.config).ok(t).out; !strings.Contains(out, "version v9, process") {
-		t.Errorf("status says\n%s", out)
-	}
-	flow.Close()
-	if code, ended := old.wait(20 * time.Second); !ended || code != 0 {
-		t.Errorf("the first: ended %v, exit %d", ended, code)
-	}
-	syscall.Kill(now.Pid, syscall.SIGTERM)
-	eventually(t, 15*time.Second, "the new process ends when it is told to", func() bool { return syscall.Kill(now.Pid, 0) == syscall.ESRCH })
 }
