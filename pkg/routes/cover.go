@@ -52,7 +52,7 @@ func (c *coverage) everything() bool {
 	if d.anyName {
 		return false
 	}
-	for _, n := range d.names {
+	for n := range d.names.all() {
 		if !c.oneOf(c.t.exact(n)) && !c.above(n) {
 			return false
 		}
@@ -60,7 +60,7 @@ func (c *coverage) everything() bool {
 			return true
 		}
 	}
-	for _, s := range d.suffixes {
+	for s := range d.suffixes.all() {
 		if !c.oneOf(c.t.under(s)) && !c.above(s) {
 			return false
 		}
@@ -137,12 +137,12 @@ func (t *Table) resolvedHere(r *Rule, left *int) (by *resolveRule) {
 		}
 		return false
 	}
-	for _, n := range r.dest.names {
+	for n := range r.dest.names.all() {
 		if !local(resolveRule{name: n}) {
 			return nil
 		}
 	}
-	for _, s := range r.dest.suffixes {
+	for s := range r.dest.suffixes.all() {
 		if !local(resolveRule{suffix: s}) {
 			return nil
 		}

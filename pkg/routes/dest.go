@@ -41,9 +41,9 @@ func (l *line) destination(t token) (d dest) {
 	default:
 		if name, suffix, ok := l.pattern(t, text); !ok {
 		} else if suffix != "" {
-			d.suffixes = []string{suffix}
+			d.suffixes = l.names.list(suffix)
 		} else {
-			d.names = []string{name}
+			d.names = l.names.list(name)
 		}
 	}
 	return d

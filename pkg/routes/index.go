@@ -17,7 +17,7 @@ import (
 // own size, and not that times the rules.
 type index struct {
 	prefixes bart.Table[*prefixNode] // by address: the longest prefix, from which parents lead on
-	names    map[string]nameRules
+	names    nameTable
 	below    bool    // there is a pattern
 	anyName  []*Rule // catch-alls, for every name
 	anyAddr  []*Rule // catch-alls, for an address that is not known
@@ -36,10 +36,10 @@ type prefixNode struct {
 }
 
 // exact returns the rules for a name, of which it is one.
-func (x *index) exact(name string) []*Rule { return x.groups[x.names[name].exact] }
+func (x *index) exact(name string) []*Rule { return x.groups[x.names.get(name).exact] }
 
 // under returns the rules for all names below a domain.
-func (x *index) under(domain string) []*Rule { return x.groups[x.names[domain].below] }
+func (x *index) under(domain string) []*Rule { return x.groups[x.names.get(domain).below] }
 
 // indexer makes an index.
 type indexer struct {
@@ -48,7 +48,7 @@ type indexer struct {
 }
 
 // newIndex enters rules, which have their Index.
-func newIndex(rules []*Rule) *index {
+func newIndex(rules []*Rule, names *nameText) *index {
 	x := indexer{index: index{groups: [][]*Rule{nil}}, merged: map[[2]uint32]uint32{}}
 	// The members that rules spell out, by what they are.
 	prefixes := map[netip.Prefix][]*Rule{}
@@ -56,7 +56,6 @@ func newIndex(rules []*Rule) *index {
 	// And the rules that use a LIST: for its addresses, and for its names.
 	var lists []*list
 	users := map[*list]*[2][]*Rule{}
-	size := 0
 	for _, r := range rules {
 		d := &r.dest
 		if d.anyName {
@@ -71,7 +70,6 @@ func newIndex(rules []*Rule) *index {
 				u = &[2][]*Rule{}
 				users[d.list] = u
 				lists = append(lists, d.list)
-				size += len(d.list.dest.names) + len(d.list.dest.suffixes)
 			}
 			if len(d.prefixes) > 0 {
 				u[0] = append(u[0], r)
@@ -84,22 +82,22 @@ func newIndex(rules []*Rule) *index {
 		for _, p := range d.prefixes {
 			prefixes[p] = appendOnce(prefixes[p], r)
 		}
-		for _, n := range d.names {
+		for n := range d.names.all() {
 			exact[n] = appendOnce(exact[n], r)
 		}
-		for _, s := range d.suffixes {
+		for s := range d.suffixes.all() {
 			below[s] = appendOnce(below[s], r)
 		}
 	}
-	x.names = make(map[string]nameRules, size+len(exact)+len(below))
+	x.names = newNameTable(names)
 	for p, rules := range prefixes {
 		x.prefix(p, x.group(rules))
 	}
 	for n, rules := range exact {
-		x.name(n, nameRules{exact: x.group(rules)})
+		x.name(names.add([]byte(n)), nameRules{exact: x.group(rules)})
 	}
 	for s, rules := range below {
-		x.name(s, nameRules{below: x.group(rules)})
+		x.name(names.add([]byte(s)), nameRules{below: x.group(rules)})
 	}
 	for _, l := range lists {
 		u := users[l]
@@ -109,10 +107,10 @@ func newIndex(rules []*Rule) *index {
 			}
 		}
 		if g := x.group(u[1]); g != 0 {
-			for _, n := range l.dest.names {
+			for _, n := range l.dest.names.refs {
 				x.name(n, nameRules{exact: g})
 			}
-			for _, s := range l.dest.suffixes {
+			for _, s := range l.dest.suffixes.refs {
 				x.name(s, nameRules{below: g})
 			}
 		}
@@ -159,12 +157,9 @@ func (x *indexer) prefix(p netip.Prefix, g uint32) {
 	})
 }
 
-func (x *indexer) name(name string, more nameRules) {
-	n, ok := x.names[name]
-	if ok {
-		more.exact, more.below = x.together(n.exact, more.exact), x.together(n.below, more.below)
-	}
-	x.names[name] = more
+func (x *indexer) name(name nameRef, more nameRules) {
+	n := x.names.slot(name)
+	n.exact, n.below = x.together(n.exact, more.exact), x.together(n.below, more.below)
 	x.below = x.below || more.below != 0
 }
 

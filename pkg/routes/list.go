@@ -54,7 +54,7 @@ func (l *line) member(t token) dest {
 
 func (d *dest) add(more dest) {
 	d.prefixes = append(d.prefixes, more.prefixes...)
-	d.names = append(d.names, more.names...)
-	d.suffixes = append(d.suffixes, more.suffixes...)
+	d.names.add(more.names)
+	d.suffixes.add(more.suffixes)
 	d.anyName = d.anyName || more.anyName
 }

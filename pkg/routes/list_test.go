@@ -50,8 +50,8 @@ func TestListForms(t *testing.T) {
 		for _, p := range d.prefixes {
 			have = append(have, p.String())
 		}
-		have = append(have, d.names...)
-		for _, s := range d.suffixes {
+		have = slices.AppendSeq(have, d.names.all())
+		for s := range d.suffixes.all() {
 			have = append(have, "*."+s)
 		}
 		slices.Sort(have)
@@ -225,7 +225,7 @@ func FuzzListFile(f *testing.F) {
 			return
 		}
 		d := table.rules[0].dest
-		for _, n := range d.names {
+		for n := range d.names.all() {
 			if err := checkName(n); err != nil {
 				t.Fatalf("%q: %v", n, err)
 			}
@@ -233,7 +233,7 @@ func FuzzListFile(f *testing.F) {
 				t.Fatalf("%q is not matched", n)
 			}
 		}
-		for _, n := range d.suffixes {
+		for n := range d.suffixes.all() {
 			if table.Match(flow.Flow{Name: "x." + n}).Action != Deny {
 				t.Fatalf("*.%s is not matched", n)
 			}

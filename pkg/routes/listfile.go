@@ -16,6 +16,7 @@ import (
 // Bounds of the files of a LIST.
 const (
 	maxMembers  = 1 << 24 // names and networks of all files together
+	maxText     = 1 << 31 // bytes of the names; a nameRef could name twice as much
 	maxMistakes = 100     // of one file that are reported one by one
 	listLine    = 28      // bytes of a line, for a guess how many there are
 )
@@ -42,7 +43,7 @@ func (l *line) listFile(t token, path string, into *list) {
 	r := &listReader{line: &line{parser: l.parser, statement: &statement{file: path}}, into: &into.dest}
 	if f, ok := f.(fs.File); ok {
 		if info, err := f.Stat(); err == nil { // most lines are a name: to grow by and by costs several times as much
-			into.dest.names = slices.Grow(into.dest.names, int(min(info.Size(), 1<<28)/listLine))
+			into.dest.names.refs = slices.Grow(into.dest.names.refs, int(min(info.Size(), 1<<28)/listLine))
 		}
 	}
 	if err := r.read(f); err != nil {
@@ -55,12 +56,11 @@ func (l *line) listFile(t token, path string, into *list) {
 // listReader reads one file of a LIST. Most lines of a long one are a name and
 // nothing else, so those are not taken apart like a rule.
 type listReader struct {
-	*line           // for what is not a plain name, and for messages
-	into    *dest   //
-	number  int     // of the line
-	words   []token // of the line
-	said    []byte  // a name in lower case, as Table.Sum hears of it
-	names   strings.Builder
+	*line            // for what is not a plain name, and for messages
+	into    *dest    //
+	number  int      // of the line
+	words   []token  // of the line
+	said    []byte   // a name in lower case, as Table.Sum hears of it
 	hosts   bool     // a line of hosts(5) with an address that means something was met
 	shown   int      // mistakes reported
 	hidden  int      // mistakes not reported
@@ -88,8 +88,11 @@ func (r *listReader) read(in io.Reader) error {
 		if !r.plain(bytes.TrimRight(text, "\r\n")) {
 			r.report(func() { r.line1(string(text)) })
 		}
-		if n := len(r.into.names) + len(r.into.suffixes) + len(r.into.prefixes); n > maxMembers {
+		if n := len(r.into.names.refs) + len(r.into.suffixes.refs) + len(r.into.prefixes); n > maxMembers {
 			return fmt.Errorf("more than %d names and networks", maxMembers)
+		}
+		if r.names.size() > maxText {
+			return fmt.Errorf("more than %d MB of names, those of other files included", maxText>>20)
 		}
 		switch {
 		case err == io.EOF:
@@ -145,19 +148,11 @@ const (
 
 // enter adds the name that was said.
 func (r *listReader) enter() {
-	const block = 1 << 16 // names are parts of strings of this size
-	kind, name := r.said[0], r.said[1:]
-	if r.names.Cap()-r.names.Len() < len(name) {
-		r.names = strings.Builder{}
-		r.names.Grow(block)
-	}
-	start := r.names.Len()
-	r.names.Write(name)
 	to := &r.into.names
-	if kind == beneath {
+	if r.said[0] == beneath {
 		to = &r.into.suffixes
 	}
-	*to = append(*to, r.names.String()[start:])
+	to.text, to.refs = r.names, append(to.refs, r.names.add(r.said[1:]))
 	r.said = append(r.said, '\n')
 	r.reader.sum.Write(r.said)
 }

@@ -187,8 +187,8 @@ func reference(t *Table, f flow.Flow) *Rule {
 		}
 		hit := false
 		if f.Name != "" {
-			hit = r.dest.anyName || slices.Contains(r.dest.names, f.Name) ||
-				slices.ContainsFunc(r.dest.suffixes, func(s string) bool { return strings.HasSuffix(f.Name, "."+s) })
+			hit = r.dest.anyName || slices.Contains(slices.Collect(r.dest.names.all()), f.Name) ||
+				slices.ContainsFunc(slices.Collect(r.dest.suffixes.all()), func(s string) bool { return strings.HasSuffix(f.Name, "."+s) })
 		} else {
 			hit = slices.ContainsFunc(r.dest.prefixes, func(p netip.Prefix) bool { return p.Contains(f.Dst.Addr()) })
 		}

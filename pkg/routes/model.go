@@ -239,8 +239,8 @@ type Rule struct {
 type dest struct {
 	prefixes []netip.Prefix // of addresses; masked
 	anyName  bool           // every flow with a name
-	names    []string       // exact, lower case, no final dot
-	suffixes []string       // "*.example.org" as "example.org"
+	names    nameList       // exact, lower case, no final dot
+	suffixes nameList       // "*.example.org" as "example.org"
 	list     *list          // that all of this is from; nil: it is spelled out
 }
 
@@ -315,7 +315,7 @@ func (r *Rule) anyAddressOf() (v4, v6 bool) {
 }
 
 // ownName tells whether the rule names names, as opposed to catching all.
-func (r *Rule) ownName() bool { return len(r.dest.names)+len(r.dest.suffixes) > 0 }
+func (r *Rule) ownName() bool { return len(r.dest.names.refs)+len(r.dest.suffixes.refs) > 0 }
 
 // Limits are the durations of TIMEOUT lines; zero: not stated.
 type Limits struct {

@@ -289,10 +289,10 @@ func (l *line) resolveOption(r *Rule, t token) {
 	if r.dest.anyName {
 		add(resolveRule{all: true})
 	}
-	for _, n := range r.dest.names {
+	for n := range r.dest.names.all() {
 		add(resolveRule{name: n})
 	}
-	for _, s := range r.dest.suffixes {
+	for s := range r.dest.suffixes.all() {
 		add(resolveRule{suffix: s})
 	}
 }

@@ -113,7 +113,8 @@ type parser struct {
 	numbers map[*Server]int    // of the statements of SERVER lines
 	inline  map[string]*Server
 	lists   map[string]*list
-	files   []string // of lists, each once
+	names   *nameText // of all destinations
+	files   []string  // of lists, each once
 
 	programs      []*Rule // of EXCLUDE-MODULE, before all others: programs,
 	excluded      []*Rule // then units and cgroups
@@ -133,7 +134,7 @@ type parser struct {
 }
 
 func newParser(o Options) *parser {
-	p := &parser{open: o.Open, user: orUser(o.User), group: orGroup(o.Group), numbers: map[*Server]int{}, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}, given: map[string]bool{}}
+	p := &parser{names: &nameText{}, open: o.Open, user: orUser(o.User), group: orGroup(o.Group), numbers: map[*Server]int{}, defined: map[string]*Server{}, inline: map[string]*Server{}, lists: map[string]*list{}, given: map[string]bool{}}
 	if p.open == nil {
 		p.open = openFile
 	}

@@ -68,11 +68,11 @@ func (r *Rule) restrict() {
 	case ByName:
 		r.dest.prefixes = nil
 	case ByAddress:
-		r.dest.anyName, r.dest.names, r.dest.suffixes = false, nil, nil
+		r.dest.anyName, r.dest.names, r.dest.suffixes = false, nameList{}, nameList{}
 	}
 }
 
-func (d *dest) noName() bool { return !d.anyName && len(d.names)+len(d.suffixes) == 0 }
+func (d *dest) noName() bool { return !d.anyName && len(d.names.refs)+len(d.suffixes.refs) == 0 }
 
 // leading reads the words with @= and *= before the destination.
 func (l *line) leading(r *Rule, action token) {
@@ -179,8 +179,13 @@ func (p *parser) resolvedHere() {
 			i := slices.IndexFunc(p.resolves, func(r *resolveRule) bool { return r.covers(later) })
 			return i >= 0 && p.resolves[i].mode == ResolveLocal
 		}
-		ok := !slices.ContainsFunc(n.dest.names, func(s string) bool { return !local(&resolveRule{name: s}) }) &&
-			!slices.ContainsFunc(n.dest.suffixes, func(s string) bool { return !local(&resolveRule{suffix: s}) })
+		ok := true
+		for s := range n.dest.names.all() {
+			ok = ok && local(&resolveRule{name: s})
+		}
+		for s := range n.dest.suffixes.all() {
+			ok = ok && local(&resolveRule{suffix: s})
+		}
 		if !ok {
 			p.diags.current = n.number
 			p.diags.at(n.statement.file, n.at, "E16", "SOCKD4 cannot carry a name; add RESOLVE local for %s or use SOCKD4A or SOCKD5", n.at.text)

@@ -66,7 +66,7 @@ func (p *parser) build() *Table {
 	}
 	slices.Sort(t.cgroups)
 	t.cgroups = slices.Compact(t.cgroups)
-	t.index = newIndex(t.rules)
+	t.index = newIndex(t.rules, p.names)
 	left := maxSearch
 	for _, r := range t.rules {
 		if p.diags.wrong[r.number] {
