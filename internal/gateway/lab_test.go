@@ -64,6 +64,8 @@ type lab struct {
 	log      *records
 
 	interfaceError error       // in place of an interface
+	program        string      // of this host's own flows
+	programError   error       // in its place
 	whoError       error       // in place of what is known of a client
 	left           atomic.Bool // the clients are gone
 
@@ -128,6 +130,12 @@ func newLab(t testing.TB, level slog.Level, fault socksserver.Fault, rules ...st
 				f.Owner = flow.Owner{Known: true, UID: uint32(f.Src.Port())}
 			}
 			return l.whoError
+		},
+		Program: func(f *flow.Flow, named []string) error {
+			if slices.Contains(named, l.program) {
+				f.Program = l.program
+			}
+			return l.programError
 		},
 		Own:   func(to netip.AddrPort) bool { return to.Addr() == l.own },
 		Admit: l.admit,

@@ -77,7 +77,7 @@ func (g *Gateway) decideUDP(l *live, ifIndex int) (v relay.Verdict, err error) {
 		v.Way = g.serverWay(l)
 		v.Named = f.Name != ""
 	}
-	v.Short = f.Dst.Port() == dnsPort
+	v.Short, v.Idle = f.Dst.Port() == dnsPort, l.rule.Idle
 	v.Why = l.why()
 	if l.pinned {
 		addr := f.Dst.Addr() // and not l, which has the plan

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/tproxyd/tproxyd/internal/socksserver"
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -43,6 +44,7 @@ func TestDecideUDP(t *testing.T) {
 		header  string
 		named   bool
 		short   bool
+		idle    time.Duration
 		rule    string // empty: none was asked
 	}{
 		{rules: "DENY *", dst: v4, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
@@ -80,6 +82,12 @@ func TestDecideUDP(t *testing.T) {
 		{rules: "DENY * mark=5\nDIRECT *", dst: named, ifIndex: 1, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
 		{rules: "DENY * uid=1\nDIRECT *", dst: v4, prepare: func(l *lab) { l.whoError = errors.New("not noted") }, refusal: refused, counted: "upstream"},
 		{rules: "DENY * src=10.8.0.0/16\nDIRECT *", dst: v4, prepare: func(l *lab) { l.whoError = errors.New("nobody asks") }, rule: "socks.cnf:2"},
+		{rules: "DENY *\nEXCLUDE-MODULE vpn", dst: v4, prepare: func(l *lab) { l.program = "vpn" }, rule: "socks.cnf:2"},
+		{rules: "DENY *\nEXCLUDE-MODULE vpn", dst: named, prepare: func(l *lab) { l.program = "vpn" }, rule: "socks.cnf:2"},
+		{rules: "DENY *\nEXCLUDE-MODULE vpn", dst: v4, prepare: func(l *lab) { l.program = "ssh" }, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
+		{rules: "DENY *\nEXCLUDE-MODULE vpn", dst: v4, prepare: func(l *lab) { l.programError = errors.New("not allowed") }, refusal: refused, counted: "upstream"},
+		{rules: "DENY *\nEXCLUDE-MODULE vpn", dst: v4, ifIndex: 1, prepare: func(l *lab) { l.program = "vpn" }, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
+		{rules: servers + "SOCKD5 @=a * timeout=7s", dst: v4, header: v4Header, idle: 7 * time.Second, rule: "socks.cnf:3"},
 		{rules: "DENY * reject=drop", dst: v4, refusal: relay.RefuseSilently, counted: "denied", rule: "socks.cnf:1"},
 		{rules: "DENY * reject=icmp", dst: v4, refusal: denied, counted: "denied", rule: "socks.cnf:1"},
 	} {
@@ -90,7 +98,7 @@ func TestDecideUDP(t *testing.T) {
 				tt.prepare(l)
 			}
 			v := l.DecideUDP(netip.MustParseAddrPort(clientAt), netip.MustParseAddrPort(tt.dst), tt.ifIndex)
-			if (v.Way != nil) != (tt.counted == "") || v.Refusal != tt.refusal || string(v.Header) != tt.header || v.Named != tt.named || v.Short != tt.short {
+			if (v.Way != nil) != (tt.counted == "") || v.Refusal != tt.refusal || string(v.Header) != tt.header || v.Named != tt.named || v.Short != tt.short || v.Idle != tt.idle {
 				t.Errorf("%+v", v)
 			}
 			rule := ""

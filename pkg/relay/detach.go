@@ -64,14 +64,19 @@ func (u *UDP) each(f func(i int, sh *shard)) {
 }
 
 func (sh *shard) letGo() (rest []flow.Datagram) {
-	var before *udpFlow
-	for f := sh.long.last; f != nil; f = before { // those first that are used
-		before = f.links[sh.long.which].prev
-		switch {
-		case f.out == nil:
-			sh.closeFlow(f) // it leads nowhere, and is decided anew
-		case f.fd < 0 && !f.noSocket:
-			sh.openSocket(f)
+	for l := range sh.lists {
+		if l == &sh.brief {
+			continue
+		}
+		var before *udpFlow
+		for f := l.last; f != nil; f = before { // those first that are used
+			before = f.links[l.which].prev
+			switch {
+			case f.out == nil:
+				sh.closeFlow(f) // it leads nowhere, and is decided anew
+			case f.fd < 0 && !f.noSocket:
+				sh.openSocket(f)
+			}
 		}
 	}
 	for _, src := range sh.sources {

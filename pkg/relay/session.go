@@ -43,7 +43,7 @@ type udpFlow struct {
 
 	head, tail int8 // datagrams in shard.batch; -1: none
 
-	list  *flowList // shard.long or shard.brief
+	list  *flowList // shard.long, shard.brief or one of shard.timed
 	links [2]links  // in list and in session.order
 }
 
@@ -169,10 +169,29 @@ func (sh *shard) decideAll() {
 
 // listOf returns the list that a flow belongs to.
 func (sh *shard) listOf(f *udpFlow) *flowList {
-	if f.verdict.Short || f.verdict.Way == nil {
+	switch v := &f.verdict; {
+	case v.Short || v.Way == nil:
 		return &sh.brief
+	case v.Idle > 0:
+		limit := sh.u.ticks(v.Idle)
+		if sh.timed[limit] == nil {
+			sh.timed[limit] = &flowList{}
+		}
+		return sh.timed[limit]
 	}
 	return &sh.long
+}
+
+// lists gives each list of flows to yield, with its limit.
+func (sh *shard) lists(yield func(l *flowList, limit uint32) bool) {
+	if !yield(&sh.brief, sh.u.short.Load()) || !yield(&sh.long, sh.u.idle.Load()) {
+		return
+	}
+	for limit, l := range sh.timed {
+		if !yield(l, limit) {
+			return
+		}
+	}
 }
 
 // use puts a flow at the end of its lists.
@@ -238,13 +257,13 @@ func (sh *shard) closeFlow(f *udpFlow) {
 
 // expire ends the flows that nothing moved in for too long.
 func (sh *shard) expire() {
-	for _, l := range []struct {
-		list  *flowList
-		limit uint32
-	}{{&sh.long, sh.u.idle.Load()}, {&sh.brief, sh.u.short.Load()}} {
+	for l, limit := range sh.lists {
 		// The tick under way counts for nothing, so that no limit is cut short.
-		for f := l.list.first; f != nil && sh.now-f.last > l.limit; f = l.list.first {
+		for f := l.first; f != nil && sh.now-f.last > limit; f = l.first {
 			sh.closeFlow(f)
+		}
+		if l.first == nil && sh.timed[limit] == l {
+			delete(sh.timed, limit)
 		}
 	}
 }
@@ -252,7 +271,7 @@ func (sh *shard) expire() {
 // oldest returns the flow that was not used for the longest time, but for the
 // one given; nil if there is no other.
 func (sh *shard) oldest(but *udpFlow) (oldest *udpFlow) {
-	for _, l := range []*flowList{&sh.brief, &sh.long} {
+	for l := range sh.lists {
 		f := l.first
 		if f != nil && f == but {
 			f = l.next(f)

@@ -23,9 +23,10 @@ type shard struct {
 
 	sessions map[netip.AddrPort]*session // by client socket
 	flows    map[flowKey]*udpFlow
-	long     flowList // in the order of their last datagram
-	brief    flowList // the same, of those that go by the shorter limit
-	sockets  int      // of outlets and flows
+	long     flowList             // in the order of their last datagram
+	brief    flowList             // the same, of those that go by the shorter limit
+	timed    map[uint32]*flowList // the same, of those that have one of their own, by that in ticks
+	sockets  int                  // of outlets and flows
 
 	openers *crew[opening]
 
@@ -55,7 +56,7 @@ type ref struct {
 }
 
 func newShard(u *UDP, sources []flow.PacketSource) (*shard, error) {
-	sh := &shard{u: u, sources: sources, sessions: map[netip.AddrPort]*session{}, flows: map[flowKey]*udpFlow{}}
+	sh := &shard{u: u, sources: sources, sessions: map[netip.AddrPort]*session{}, flows: map[flowKey]*udpFlow{}, timed: map[uint32]*flowList{}}
 	sh.openers = newCrew(&u.opening, sh.opens)
 	if err := sh.open(); err != nil {
 		return nil, err

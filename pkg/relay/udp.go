@@ -68,6 +68,9 @@ type Verdict struct {
 	// Short says that the flow is over with its answer, as a DNS question is,
 	// and goes by the shorter limit.
 	Short bool
+	// Idle is the limit of inactivity of a flow that is not Short; 0: that of
+	// SetLimits.
+	Idle time.Duration
 	// Why is of no meaning here; for SessionResult.
 	Why any
 	// Up and Down are added to as bytes of the flow move; nil: they are not.
@@ -300,9 +303,13 @@ func (u *UDP) SetLimits(idle, short time.Duration) {
 	if short <= 0 {
 		short = defaultShortIdle
 	}
-	ticks := func(d time.Duration) uint32 { return uint32(min((d+u.o.tick-1)/u.o.tick, 1<<30)) }
-	u.idle.Store(ticks(idle))
-	u.short.Store(ticks(min(short, idle)))
+	u.idle.Store(u.ticks(idle))
+	u.short.Store(u.ticks(min(short, idle)))
+}
+
+// ticks turns a limit into ticks, rounded up.
+func (u *UDP) ticks(d time.Duration) uint32 {
+	return uint32(min((d+u.o.tick-1)/u.o.tick, 1<<30))
 }
 
 // Invalidate has every flow decided anew before another datagram of it moves.

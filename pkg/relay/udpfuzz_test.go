@@ -94,7 +94,7 @@ func newUDPWorld(t *testing.T) *udpWorld {
 			v.Header, v.Short = nil, true
 			to, key = w.direct, fmt.Sprint("direct ", dst)
 		case 5:
-			key = "another"
+			key, v.Idle = "another", 3*w.o.tick
 		case 6:
 			v.Way = nil
 			return

@@ -3,11 +3,56 @@ package relay
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
 )
+
+// A flow with a limit of its own goes by that, until it is decided otherwise.
+func TestUDPOwnLimit(t *testing.T) {
+	r := newUDPRig(t, UDPOptions{})
+	r.SetLimits(9*time.Hour+time.Minute, 2*time.Hour) // 10 ticks, 2 ticks
+	idle := map[uint16]time.Duration{443: 3 * time.Hour, 444: 30 * time.Hour, 53: 30 * time.Hour}
+	r.decides(func(v *Verdict, _, dst netip.AddrPort) { v.Idle, v.Short = idle[dst.Port()], dst.Port() == 53 })
+	flows := func(want string) {
+		t.Helper()
+		var got []uint16
+		r.inside(func(sh *shard) {
+			for k := range sh.flows {
+				got = append(got, k.dst.Port())
+			}
+			if len(sh.timed) > 2 {
+				t.Errorf("%d limits", len(sh.timed))
+			}
+		})
+		slices.Sort(got)
+		if fmt.Sprint(got) != want {
+			t.Fatalf("flows to %v, want %s", got, want)
+		}
+	}
+	for _, port := range []string{"442", "443", "444", "53"} {
+		r.exchange(client1, "192.0.2.1:"+port)
+	}
+	r.check()
+	r.tick(3)
+	flows("[442 443 444]")
+	r.carries(client1, "192.0.2.1:443", "more")
+	r.tick(3)
+	flows("[442 443 444]")
+	r.tick(1)
+	flows("[442 444]")
+	r.tick(4)
+	flows("[444]")
+	r.inside(func(*shard) { idle[444] = 0 })
+	r.Invalidate()
+	r.carries(client1, "192.0.2.1:444", "more")
+	r.check()
+	r.tick(11)
+	flows("[]")
+	r.check()
+}
 
 // A flow ends after its limit without a datagram in either direction, its
 // outlet and its session with the last of them.

@@ -47,7 +47,10 @@ func tallyOf(sh *shard) (t tally, err error) {
 		}
 		return n
 	}
-	listed := look(&sh.brief) + look(&sh.long)
+	listed := 0
+	for l := range sh.lists {
+		listed += look(l)
+	}
 	for k, f := range sh.flows {
 		t.flows++
 		flows[f.s]++

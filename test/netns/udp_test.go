@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -97,6 +98,24 @@ func thirdParty(t *testing.T, w *world, h *host, to netip.Addr) {
 	b, err := sayTo(c, at(other), []byte("hello"), 5*time.Second)
 	if err != nil || string(b) != "hello" {
 		t.Errorf("the third party, asked itself: %q %v", b, err)
+	}
+}
+
+// TestUDPTimeout: a rule's own limit of inactivity ends its flows, and no others.
+func TestUDPTimeout(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.dante(t)
+	w.outside.udpServices(t, outsideAt, outsideAt6)
+	d := serve(t, w.gateway, settings{routes: "SERVER one 198.51.100.11\nSOCKD5 @=one " + outsideAt + " timeout=3s\nSOCKD5 @=one *\n"})
+	for _, to := range []string{outsideAt, outsideAt6} {
+		c := w.client.connected(t, net.JoinHostPort(to, "7"))
+		echoed(t, c, 100)
+	}
+	of := func(to string) bool { return strings.Contains(d.ask(t, "/flows"), net.JoinHostPort(to, "7")) }
+	eventually(t, 30*time.Second, "the end of the flow with timeout=", func() bool { return !of(outsideAt) })
+	if !of(outsideAt6) {
+		t.Error("the other flow has ended too")
 	}
 }
 
