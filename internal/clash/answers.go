@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -337,6 +338,10 @@ func (a *api) rules() []ruleStatus {
 }
 
 func (a *api) kill(w http.ResponseWriter, r *http.Request) {
+	if strings.HasPrefix(r.PathValue("id"), kernelID) {
+		fail(w, http.StatusBadRequest, "the kernel lets it pass by a rule, and only another rule ends that")
+		return
+	}
 	a.o.Kill(r.PathValue("id")) // one that has just ended is as good
 	w.WriteHeader(http.StatusNoContent)
 }

@@ -91,7 +91,7 @@ type Options struct {
 	Rules   func() []Rule
 	Servers func() []Server
 	Lists   func() []List
-	Totals  func() (up, down uint64) // bytes since the start
+	Totals  func() (up, down uint64) // bytes since the start, with what the kernel let pass of clients
 	Pin     func(list, server string) error
 	// Delay returns how long a server needs to fetch the head of what a URL names.
 	Delay    func(ctx context.Context, server, url string) (time.Duration, error)
@@ -107,11 +107,12 @@ const (
 	maxConns   = 256
 	maxBody    = 64 << 10
 	maxFlows   = 10000
+	maxKernel  = 200 // rules by which the kernel let most pass, as connections
 )
 
 // Serve answers on ln until ctx ends, and waits for the streams.
 func Serve(ctx context.Context, ln net.Listener, o Options) error {
-	a := &api{o: o, slots: make(chan struct{}, maxStreams)}
+	a := &api{o: o, slots: make(chan struct{}, maxStreams), since: time.Now()}
 	defer a.streams.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // before the wait
@@ -144,7 +145,8 @@ type api struct {
 	slots   chan struct{} // one in it for each stream
 	streams sync.WaitGroup
 	shot    snapshot
-	ui      *os.Root // nothing outside of it is served, whatever links there are; nil: none
+	since   time.Time // it serves
+	ui      *os.Root  // nothing outside of it is served, whatever links there are; nil: none
 }
 
 func (a *api) handler() http.Handler {

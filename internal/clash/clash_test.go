@@ -57,7 +57,8 @@ func serve(t *testing.T, ui string) *world {
 			}
 		},
 		Rules: func() []Rule {
-			return []Rule{{Kind: "DomainSuffix", Payload: "example.org", To: "one,two", Text: "SOCKD5 @=one,two *.example.org", Position: "socks.cnf:3", Flows: 9}, {Kind: "Match", To: Direct}}
+			return []Rule{{Kind: "DomainSuffix", Payload: "example.org", To: "one,two", Text: "SOCKD5 @=one,two *.example.org", Position: "socks.cnf:3", Flows: 9, Kernel: 1},
+				{Kind: "IPCIDR", Payload: "192.0.2.0/24", To: Direct, Text: "DIRECT 192.0.2.0/24", Position: "socks.cnf:4", Kernel: 5000}, {Kind: "Match", To: Reject, Kernel: 7}, {Kind: "Match", To: Direct}}
 		},
 		Servers: func() []Server {
 			return []Server{{Name: "one", Type: "Socks5", Address: "198.51.100.11:1080", Up: true, UDP: true, Delay: 40 * time.Millisecond},
@@ -313,9 +314,17 @@ func TestStreams(t *testing.T) {
 	}
 	conns := w.dial(t, "/connections?interval=200")
 	for range 3 {
-		if list := next(t, conns)["connections"].([]any); len(list) != 2 || list[0].(map[string]any)["chains"].([]any)[1] != "one,two" {
+		if list := next(t, conns)["connections"].([]any); len(list) != 3 || list[0].(map[string]any)["chains"].([]any)[1] != "one,two" {
 			t.Errorf("connections: %v", list)
 		}
+	}
+	// What the kernel lets pass alone looks like a connection, which nothing ends.
+	kernel := next(t, conns)["connections"].([]any)[2].(map[string]any)
+	if kernel["upload"] != 5000.0 || kernel["rulePayload"] != "192.0.2.0/24" || kernel["metadata"].(map[string]any)["host"] != "DIRECT 192.0.2.0/24" || fmt.Sprint(kernel["chains"]) != "[DIRECT]" {
+		t.Errorf("the kernel's: %v", kernel)
+	}
+	if status, _, answer := w.ask(t, adminSecret, "DELETE", "/connections/"+kernel["id"].(string), ""); status != 400 || len(w.killed) != 0 {
+		t.Errorf("it is ended: %d %s", status, answer)
 	}
 	// Without a WebSocket it is lines.
 	r, _ := http.NewRequestWithContext(t.Context(), "GET", w.url+"/traffic", nil)

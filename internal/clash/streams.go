@@ -1,8 +1,11 @@
 package clash
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"fmt"
+	"hash/fnv"
 	"net/http"
 	"net/netip"
 	"runtime/metrics"
@@ -97,7 +100,7 @@ func (a *api) trafficStream(w http.ResponseWriter, r *http.Request) {
 		every(ctx, period, send, func() any {
 			t := traffic{}
 			t.UpTotal, t.DownTotal = a.o.Totals()
-			t.Up, t.Down = t.UpTotal-up, t.DownTotal-down
+			t.Up, t.Down = t.UpTotal-min(up, t.UpTotal), t.DownTotal-min(down, t.DownTotal)
 			up, down = t.UpTotal, t.DownTotal
 			return t
 		})
@@ -189,9 +192,39 @@ func (a *api) connections() json.RawMessage {
 	for _, f := range flows {
 		c.Connections = append(c.Connections, f.connection())
 	}
+	c.Connections = append(c.Connections, a.byKernel()...)
 	s.text, _ = json.Marshal(c) // nothing in it can fail
 	s.at = time.Now()
 	return s.text
+}
+
+// kernelID begins the IDs of connections that are none.
+const kernelID = "kernel-"
+
+// byKernel returns a connection for each rule by which the kernel lets packets pass
+// without us, so that what dashboards add up is all that passes. There is no client
+// of it, and nothing can end it but another rule.
+func (a *api) byKernel() (list []connection) {
+	var rules []Rule
+	for _, r := range a.o.Rules() {
+		if r.To == Direct && r.Kernel > 0 {
+			rules = append(rules, r)
+		}
+	}
+	if len(rules) > maxKernel {
+		slices.SortStableFunc(rules, func(a, b Rule) int { return cmp.Compare(b.Kernel, a.Kernel) })
+		rules = rules[:maxKernel]
+	}
+	for _, r := range rules {
+		h := fnv.New64a()
+		fmt.Fprint(h, r.Position, "\x00", r.Text)
+		list = append(list, connection{
+			ID: fmt.Sprintf("%s%016x", kernelID, h.Sum64()), Upload: r.Kernel, Start: a.since, Chains: []string{Direct},
+			Metadata: metadata{Network: "ip", Type: "Kernel", SourceIP: "0.0.0.0", SourcePort: "0", DestinationPort: "0", Host: r.Text, DNSMode: "normal", InboundPort: "0"},
+			Rule:     r.Kind, Payload: r.Payload, Position: r.Position,
+		})
+	}
+	return list
 }
 
 func (f *Flow) connection() connection {

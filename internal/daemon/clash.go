@@ -10,10 +10,13 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/tproxyd/tproxyd/internal/clash"
+	"github.com/tproxyd/tproxyd/internal/gateway"
 	"github.com/tproxyd/tproxyd/pkg/flow"
+	"github.com/tproxyd/tproxyd/pkg/redirect"
 	"github.com/tproxyd/tproxyd/pkg/routes"
 	"github.com/tproxyd/tproxyd/pkg/upstream"
 )
@@ -56,28 +59,70 @@ func (d *Daemon) clashSecrets() clash.Secrets {
 	return clash.Secrets(d.setup.secrets)
 }
 
-// totals are the bytes of TCP and UDP that were carried since the start.
+// totals are the bytes of TCP and UDP that were carried since the start, also by
+// processes that were taken over, and those that the kernel let pass of clients. Of
+// what it lets pass to them there is no count.
 func (d *Daemon) totals() (up, down uint64) {
 	t, u := d.gateway.Stats(), d.packets.Stats()
-	return t.Up + u.Up, t.Down + u.Down
+	up, down = d.before.bytes()
+	return up + t.Up + u.Up + d.direct.read(d.kernel), down + t.Down + u.Down
 }
 
+// directBytes is how many bytes the kernel let pass, which does not shrink when somebody
+// else has removed the table and it is put back.
+type directBytes struct {
+	mu         sync.Mutex
+	sum, table uint64 // of tables that are gone; of the one that is there
+}
+
+func (b *directBytes) read(k *redirect.Redirect) uint64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if c, err := k.Counters(); err == nil { // else it is what it was, and status says so
+		b.saw(c.Direct.Bytes)
+	}
+	return b.sum + b.table
+}
+
+func (b *directBytes) saw(bytes uint64) {
+	if bytes < b.table {
+		b.sum += b.table
+	}
+	b.table = bytes
+}
+
+// clashRules is kept for a moment, and longer where there are very many rules,
+// since dashboards ask all the time.
 func (d *Daemon) clashRules() []clash.Rule {
-	var list []clash.Rule
-	tallies, err := d.kernel.Tallies()
-	if err != nil {
-		tallies = nil // status says so
+	s := &d.shown
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	began, plan := time.Now(), d.gateway.Plan()
+	if plan == s.plan && began.Sub(s.at) < max(shownFor, 10*s.took) {
+		return s.rules
 	}
-	for _, r := range d.gateway.Rules() {
-		if r.Rule != nil {
-			kind, payload := clashKind(r.Rule)
-			list = append(list, clash.Rule{
-				Kind: kind, Payload: payload, To: clashWay(r.Rule.Action, r.List), Text: r.Rule.Text,
-				Position: r.Rule.Position(), Flows: r.Flows, Up: r.Up, Down: r.Down, Kernel: tallies[tagOf(r.Rule)].Bytes,
-			})
-		}
+	c, _ := d.counts(reloadCount{}) // without the kernel's, status says so
+	s.rules = make([]clash.Rule, 0, len(c.Rules))
+	for _, r := range c.Rules {
+		kind, payload := clashKind(r.rule)
+		s.rules = append(s.rules, clash.Rule{
+			Kind: kind, Payload: payload, To: clashWay(r.rule.Action, r.list), Text: r.Text,
+			Position: r.Position, Flows: r.Flows, Up: r.Up, Down: r.Down, Kernel: r.Bytes,
+		})
 	}
-	return list
+	s.plan, s.at, s.took = plan, time.Now(), time.Since(began)
+	return s.rules
+}
+
+const shownFor = 400 * time.Millisecond
+
+// shownRules are rules as dashboards were told of them.
+type shownRules struct {
+	mu    sync.Mutex
+	plan  *gateway.Plan
+	at    time.Time
+	took  time.Duration
+	rules []clash.Rule // not changed any more
 }
 
 // clashWay is where a rule leads to.

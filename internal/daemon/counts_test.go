@@ -101,3 +101,13 @@ func TestCountsSome(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestDirectBytes: a table that is made anew counts from 0, and the sum goes on.
+func TestDirectBytes(t *testing.T) {
+	var b directBytes
+	for _, step := range [][2]uint64{{5, 5}, {9, 9}, {9, 9}, {2, 11}, {3, 12}, {0, 12}, {1, 13}} {
+		if b.saw(step[0]); b.sum+b.table != step[1] {
+			t.Errorf("with %d of the table the sum is %d, want %d", step[0], b.sum+b.table, step[1])
+		}
+	}
+}

@@ -64,6 +64,8 @@ type Daemon struct {
 	clash   net.Listener // likewise
 	logs    *clash.Logs  // for who watches by the Clash API
 	watcher *watch.Watcher
+	direct  directBytes // for dashboards
+	shown   shownRules  // likewise
 
 	admitting sync.RWMutex // writers: a reload, which must not lose an address admitted meanwhile
 

@@ -189,6 +189,17 @@ func (p *predecessor) count(c *counts) {
 	c.add(&p.counts)
 }
 
+// bytes are what it, and those before it, have carried.
+func (p *predecessor) bytes() (up, down uint64) {
+	if p == nil {
+		return 0, 0
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	c := &p.counts
+	return c.Flows.Up + c.UDP.Up, c.Flows.Down + c.UDP.Down
+}
+
 // tell tells it by which rules flows are decided from now on.
 func (p *predecessor) tell(rules string) { p.say(ruling{Rules: rules}) }
 

@@ -15,12 +15,13 @@ import (
 // the client's own kernel has seen leave.
 
 // TestRuleBytes: the sum over all rules, of what user space carried and of what the
-// kernel let pass by itself, is what left the client.
+// kernel let pass by itself, is what left the client, and so is the total that
+// dashboards are told.
 func TestRuleBytes(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.dante(t)
-	d := serve(t, w.gateway, settings{noDNS: true, routes: `SERVER one 198.51.100.11
+	d := serve(t, w.gateway, settings{noDNS: true, clash: "127.0.0.1:9090", routes: `SERVER one 198.51.100.11
 DIRECT 198.51.100.20 255.255.255.255 eq 9
 DIRECT 2001:db8:2::20
 SOCKD5 @=one * eq 9
@@ -98,4 +99,16 @@ table inet left {
 	if want := float64(sizes[inside] + sizes[inside6]); kernel < want || kernel > 1.01*want {
 		t.Errorf("the kernel let pass %.0f bytes, want a little over %.0f", kernel, want)
 	}
+	eventually(t, 5*time.Second, "a dashboard adds up what the kernel let pass", func() bool {
+		_, told := d.clash(t, readerSecret, "GET", "/connections", "")
+		shown := 0.0
+		for _, c := range told["connections"].([]any) {
+			if c := c.(map[string]any); c["metadata"].(map[string]any)["type"] == "Kernel" {
+				shown += c["upload"].(float64)
+			}
+		}
+		total := told["uploadTotal"].(float64)
+		t.Logf("dashboards: %.0f in all, %.0f in the kernel", total, shown)
+		return shown == kernel && math.Abs(total-left) < 0.01*left
+	})
 }
