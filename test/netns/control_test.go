@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	serving "github.com/tproxyd/tproxyd/internal/daemon"
 )
 
 // Topology: world. The daemon is asked over its control socket and, for
@@ -353,4 +354,38 @@ func TestUnowned(t *testing.T) {
 	if n, who := w.leaked(t); n != 0 || w.carried(t) != 0 {
 		t.Errorf("%d packets leaked, %d went to a server %s", n, w.carried(t), who)
 	}
+}
+
+// TestDumpState: SIGUSR1 has the running daemon, in its sandbox, write one line with
+// all that status tells, and go on.
+func TestDumpState(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{routes: "SERVER one 198.51.100.11\nSOCKD5 @=one *\n", args: []string{"--log-format", "json"}})
+	flows := w.startEchoes(t, 2)
+	eventually(t, 5*time.Second, "both flows are carried", func() bool { return d.metric(t, "tproxyd_flows") == 2 })
+	type state struct {
+		Msg, Level string
+		Status     serving.Status
+	}
+	dumps := func() (list []state) {
+		for line := range strings.Lines(d.output()) {
+			var s state
+			if json.Unmarshal([]byte(line), &s) == nil && s.Msg == "state" {
+				list = append(list, s)
+			}
+		}
+		return list
+	}
+	for n := 1; n <= 2; n++ {
+		w.gateway.must(t, d.cmd.Process.Signal(syscall.SIGUSR1))
+		eventually(t, 5*time.Second, "the state is in the log", func() bool { return len(dumps()) == n })
+		s := dumps()[n-1]
+		if s.Level != "INFO" || s.Status.Pid != d.pid() || s.Status.Config != d.config || s.Status.Flows.Live != 2 || len(s.Status.Servers) != 1 || s.Status.Servers[0].Flows != 2 || s.Status.Rules[0].Flows != 2 {
+			t.Errorf("the state is %+v", s)
+		}
+	}
+	flows.finish(t)
+	w.client.curl(t, "http://www.example.org/after", "-4").ok(t)
 }

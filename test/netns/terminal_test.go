@@ -2,6 +2,8 @@ package netns_test
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -41,6 +43,76 @@ func TestRunTerminal(t *testing.T) {
 	term.say(t, "\x03", "")
 	if code, ended := term.wait(5 * time.Second); !ended || code != 130 {
 		t.Errorf("Ctrl-C: exit %d, %v\n%s", code, ended, term.seen.String())
+	}
+}
+
+// TestWatchTerminal: on a terminal flows --watch stays in its place, goes by the
+// terminal's size, also when that changes, and ends with Ctrl-C.
+func TestWatchTerminal(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	w.outside.answerTCP(t, outsideAt+":7", func(c *net.TCPConn) { io.Copy(c, c) })
+	term := w.gateway.terminal(t, []string{d.bin, "flows", "--watch", "-c", d.config})
+	size := func(columns, rows uint16) {
+		t.Helper()
+		w.gateway.must(t, unix.IoctlSetWinsize(int(term.master.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Col: columns, Row: rows}))
+	}
+	const home, toEnd, below = "\x1b[H", "\x1b[K", "\x1b[J"
+	// screen waits for one that shows a text, and returns its lines.
+	screen := func(want string) []string {
+		t.Helper()
+		term.say(t, "", home)
+		for range 20 {
+			begin := term.from
+			term.say(t, "", below)
+			shown := strings.TrimSuffix(term.seen.String()[begin:term.from], below)
+			if strings.Contains(shown, want) {
+				if strings.Count(shown, "\n") != strings.Count(shown, toEnd+"\r\n") {
+					t.Errorf("a line does not clear what was there: %q", shown)
+				}
+				return strings.Split(strings.TrimSuffix(strings.ReplaceAll(shown, toEnd, ""), "\r\n"), "\r\n")
+			}
+			term.say(t, "", home)
+		}
+		t.Fatalf("no screen shows %q:\n%q", want, term.seen.String())
+		return nil
+	}
+	size(120, 24)
+	if lines := screen("0 flows; Ctrl-C ends"); len(lines) != 2 || !strings.HasPrefix(lines[1], "ID ") {
+		t.Errorf("without a flow: %q", lines)
+	}
+	var first net.Conn
+	for range 5 {
+		c, err := w.client.dial("tcp", outsideAt+":7", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		talk(t, c)
+		if first == nil {
+			first = c
+		}
+	}
+	if lines := screen("5 flows"); len(lines) != 7 || !strings.Contains(lines[1], "UP/S") || !strings.Contains(lines[2], first.LocalAddr().String()) {
+		t.Errorf("with five flows: %q", lines)
+	}
+	size(40, 6)
+	lines := screen("… and 3 more")
+	for _, l := range lines {
+		if len([]rune(l)) > 40 {
+			t.Errorf("%q is wider than the terminal", l)
+		}
+	}
+	if len(lines) != 5 {
+		t.Errorf("of six rows the last one is the cursor's: %q", lines)
+	}
+	first.Close()
+	screen("4 flows")
+	term.say(t, "\x03", "")
+	if code, ended := term.wait(5 * time.Second); !ended || code != 128+int(syscall.SIGINT) {
+		t.Errorf("Ctrl-C: exit %d, %v", code, ended)
 	}
 }
 
