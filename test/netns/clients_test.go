@@ -124,8 +124,9 @@ SOCKD5 @=one *
 		t.Fatal(err)
 	}
 	defer os.Remove(late)
-	time.Sleep(300 * time.Millisecond)
-	w.gateway.curlAs(t, []string{tool(t, "sh"), "-c", "echo $$ >" + late + "/cgroup.procs; exec \"$@\"", "sh"}, "http://"+outsideAt+"/").refused(t)
+	eventually(t, 10*time.Second, "the rule holds for a cgroup that came later", func() bool {
+		return w.gateway.curlAs(t, []string{tool(t, "sh"), "-c", "echo $$ >" + late + "/cgroup.procs; exec \"$@\"", "sh"}, "http://"+outsideAt+"/").code == 7
+	})
 }
 
 // TestExcludeModule: a unit of the gateway is DIRECT before all rules: by the

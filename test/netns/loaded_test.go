@@ -23,6 +23,10 @@ import (
 //	client --500 questions a second-------->    "    (answered there, or by TCP through SOCKS)
 //	client --a new flow every 20 ms-------->    "    ==SOCKS==> socks1 --> outside:80
 
+// lostAfter is when an answer counts as lost. On a busy machine a question can be
+// under way at one takeover after the other, each of which begins it anew.
+const lostAfter = 30 * time.Second
+
 // loaded is such a load.
 type loaded struct {
 	w      *world
@@ -91,7 +95,7 @@ func (l *loaded) datagrams(c *net.UDPConn, i int) {
 	seen := ""
 	l.each([]time.Duration{20 * time.Millisecond, 300 * time.Millisecond}[i/2%2], fmt.Sprint("datagrams of socket ", i), func(n int) error {
 		q := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, uint64(i)), uint64(n))
-		b, err := say(c, q, 5*time.Second)
+		b, err := say(c, q, lostAfter)
 		if err != nil {
 			return err
 		}
@@ -114,7 +118,7 @@ func (l *loaded) questions(c *dns.Conn, i int) {
 		qtype := []uint16{dns.TypeA, dns.TypeA, dns.TypeA, dns.TypeTXT}[n%4]
 		name := fmt.Sprintf("q%d-%d.example.org", i, n/2%50)
 		q := new(dns.Msg).SetQuestion(name+".", qtype)
-		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.SetDeadline(time.Now().Add(lostAfter))
 		if err := c.WriteMsg(q); err != nil {
 			return err
 		}

@@ -51,13 +51,17 @@ func newPodman(t testing.TB, h *host, root bool) *podman {
 	}
 	h.run(t, command{args: []string{"sh", "-c", script}}).ok(t)
 	t.Cleanup(func() {
-		p.podman(t, "rm", "-f", "-t", "0", "-a")
+		defer os.RemoveAll(dir)
+		for range 3 { // one whose network another has goes only after that
+			if p.podman(t, "rm", "-f", "-t", "0", "-a").code == 0 {
+				break
+			}
+		}
 		if b, err := os.ReadFile(dir + "/tmp/pause.pid"); err == nil {
 			if pid, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && pid > 1 {
 				syscall.Kill(pid, syscall.SIGKILL)
 			}
 		}
-		os.RemoveAll(dir)
 	})
 	p.podman(t, "import", "-q", dir+"/img.tar", "box").ok(t)
 	return p
