@@ -218,7 +218,7 @@ func TestConnectRefused(t *testing.T) {
 		want   error
 	}{
 		{"SOCKS4", nil, "00 5a", protocol("the server answers with version 0")},
-		{"HTTP", nil, "48 54 54 50 2f 31", protocol("the server answers with version 72")},
+		{"HTTP", nil, "48 54 54 50 2f 31", protocol("the server answers with version 72: it speaks HTTP")},
 		{"no method", nil, "05 ff", ErrNoAcceptableMethod},
 		{"no method, auth", alice, "05 ff", ErrNoAcceptableMethod},
 		{"method not offered", nil, "05 02", protocol("the server picks method 2, which was not offered")},

@@ -63,7 +63,11 @@ func readMethod(r io.Reader, offered byte, buf *scratch) error {
 }
 
 func otherVersion(v byte) error {
-	return &ProtocolError{fmt.Sprintf("the server answers with version %d", v), true}
+	what := fmt.Sprintf("the server answers with version %d", v)
+	if v == 'H' {
+		what += ": it speaks HTTP"
+	}
+	return &ProtocolError{what, true}
 }
 
 // readStatus reads the answer to a user name and password. Some servers (early

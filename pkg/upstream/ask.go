@@ -351,7 +351,9 @@ func (p *Pool) dial(ctx context.Context, s *Server) (net.Conn, error) {
 		return nil, errors.New("no way to resolve its name")
 	}
 	addrs, err := o.Resolve(ctx, s.Host)
-	if err == nil && len(addrs) == 0 {
+	if err != nil {
+		err = fmt.Errorf("look-up of %s: %w", s.Host, err)
+	} else if len(addrs) == 0 {
 		err = errors.New("its name has no address")
 	}
 	end, limited := ctx.Deadline()

@@ -277,7 +277,7 @@ func TestResolve(t *testing.T) {
 		{"no address", addrs(), "", "upstream: s (proxy.test:1080): its name has no address", 0},
 		{
 			"no such name", func(context.Context, string) ([]netip.Addr, error) { return nil, errors.New("no such host") }, "",
-			"upstream: s (proxy.test:1080): no such host", 0,
+			"upstream: s (proxy.test:1080): look-up of proxy.test: no such host", 0,
 		},
 		{
 			"silent resolver", func(ctx context.Context, _ string) ([]netip.Addr, error) { <-ctx.Done(); return nil, ctx.Err() }, "",
