@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 )
@@ -46,6 +47,44 @@ func (h *host) ping(a netip.Addr) error {
 			}
 		}
 	})
+}
+
+// TestManyRefusals: with the sysctls that are installed, as many datagrams as a
+// host has are refused at once. By itself the kernel tells it of one a second.
+func TestManyRefusals(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.gateway.sysctl(t, "net.ipv4.icmp_ratelimit", "1000")
+	w.gateway.sysctl(t, "net.ipv6.icmp.ratelimit", "1000")
+	b, err := os.ReadFile("../../deploy/90-tproxyd.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if key, value, ok := strings.Cut(strings.TrimSpace(line), " = "); ok && strings.Contains(key, "icmp") {
+			w.gateway.sysctl(t, key, value)
+		}
+	}
+	d := newDaemon(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	d.cli(t, "close", "-c", d.config).ok(t)
+	for _, to := range []string{insideNS + ":53", "[" + outsideAt6 + "]:443"} {
+		for range 100 {
+			err := w.client.in(func() error {
+				c, err := net.Dial("udp", to)
+				if err != nil {
+					return err
+				}
+				defer c.Close()
+				c.SetDeadline(time.Now().Add(3 * time.Second))
+				c.Write([]byte("question"))
+				_, err = c.Read(make([]byte, 100))
+				return err
+			})
+			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Fatalf("%s: %v, want a refusal", to, err)
+			}
+		}
+	}
 }
 
 // checksum is the Internet's, RFC 1071.
