@@ -111,7 +111,7 @@ type Plan struct {
 // pass does, what would be diverted is refused.
 func (p Plan) Closed() Plan {
 	p.Ports = Ports{}
-	p.Readmit, p.Who, p.DivertDenied, p.Log = nil, nil, false, nil
+	p.Readmit, p.Who, p.DivertDenied = nil, nil, false
 	return p
 }
 
