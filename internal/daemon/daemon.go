@@ -67,6 +67,8 @@ type Daemon struct {
 	direct  directBytes // for dashboards
 	shown   shownRules  // likewise
 
+	relisted chan struct{} // has something once other rules are in force; see keepCopies
+
 	admitting sync.RWMutex // writers: a reload, which must not lose an address admitted meanwhile
 
 	lastTallies atomic.Pointer[map[string]redirect.Count] // while another process has the kernel; nil: it has not
@@ -107,7 +109,7 @@ func inherit(setup *Setup, log *slog.Logger, e *estate) (*Daemon, error) {
 	defer frugal()()
 	d := &Daemon{
 		log: log, started: time.Now(), setup: setup, mark: setup.Config.Intercept.Mark, enclosure: setup.enclosure,
-		calls: make(chan *call), inherited: e.hold() != nil, logs: &clash.Logs{},
+		calls: make(chan *call), inherited: e.hold() != nil, logs: &clash.Logs{}, relisted: make(chan struct{}, 1),
 	}
 	if setup.Config.Control.Clash != "" {
 		d.log = slog.New(d.logs.Handler(log.Handler()))
@@ -279,6 +281,7 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 		reach.task("clash", func(ctx context.Context) error { return clash.Serve(ctx, d.clash, api) })
 	}
 	reach.task("lists", d.watchLists)
+	reach.task("copies of lists", d.keepCopies)
 	rest := newPart(ctx, g)
 	rest.task("memory", d.giveBack)
 	rest.task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })

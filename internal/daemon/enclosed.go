@@ -61,7 +61,7 @@ func (e *Enclosure) setup() (*Setup, routes.Diagnostics) {
 		c.DNS.Resolvers = e.Resolvers
 	}
 	c.State.Directory, c.Control.Socket = "", "" // names are kept in memory, nobody asks
-	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), enclosure: e, lists: opened{}.lists(t)}, diags
+	return &Setup{Config: c, Table: t, credentials: creds, host: readHostDNS(resolvConf), enclosure: e, lists: newOpened("", nil).lists(t)}, diags
 }
 
 // inside runs f where flows are taken: in this namespace, or in the enclosed one.

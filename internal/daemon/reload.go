@@ -94,6 +94,10 @@ func (d *Daemon) put(next *Setup) error {
 	d.setup = next
 	d.noteDecided(next)
 	d.watcher.Set(next.lists)
+	select {
+	case d.relisted <- struct{}{}:
+	default: // it has not looked yet
+	}
 	d.before.tell(next.decidedBy())
 	return nil
 }
@@ -122,7 +126,7 @@ func (s *Setup) again() (*Setup, routes.Diagnostics) {
 	if s.enclosure != nil {
 		return s.enclosure.setup()
 	}
-	return Load(s.Config.Path, s.credentialDir)
+	return loadAgain(s.Config.Path, s.credentialDir, s.gone)
 }
 
 // follow makes user space do what s says, of which plan is made.

@@ -29,6 +29,7 @@ type Setup struct {
 	secrets     config.Secrets // of the Clash API
 	host        hostDNS
 	lists       map[string]watch.State // the files of LISTs, as they were read
+	gone        map[string]struct{}    // those of which a copy was read
 	included    []string               // what INCLUDE and LIST name
 
 	credentialDir string     // where Load was told to look for credentials
@@ -38,15 +39,23 @@ type Setup struct {
 // Load reads tproxyd.toml at path and the files that it names. CredentialDir
 // is systemd's credential directory; empty: none. The diagnostics are those of
 // all files; the Setup is nil if there is an error among them.
+//
+// The file of a LIST that is gone is no error if it was there when the rules were in
+// force last: what it held then counts, with a warning.
 func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
+	return loadAgain(path, credentialDir, nil)
+}
+
+// loadAgain is Load where that is so only of some files; nil: of all.
+func loadAgain(path, credentialDir string, gone map[string]struct{}) (*Setup, routes.Diagnostics) {
 	defer frugal()()
 	c, diags := config.LoadPartial(path)
 	if c == nil || slices.ContainsFunc(diags, func(d routes.Diagnostic) bool { return d.Code == "T01" }) {
 		return nil, diags // it does not tell where the other files are
 	}
-	o := opened{}
+	o := newOpened(c.State.Directory, gone)
 	t, more := routes.ParseFile(c.Routes, routes.Options{Open: o.open})
-	diags = append(diags, more...)
+	diags = append(append(diags, more...), o.warnings()...)
 	creds, more := config.LoadCredentials(c.Credentials, credentialDir)
 	diags = append(diags, more...)
 	if t != nil && creds != nil {
@@ -76,7 +85,7 @@ func Load(path, credentialDir string) (*Setup, routes.Diagnostics) {
 	if diags.HasErrors() {
 		return nil, diags
 	}
-	return &Setup{Config: c, Table: t, credentials: creds, secrets: secrets, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t), included: slices.Collect(maps.Keys(o))}, diags
+	return &Setup{Config: c, Table: t, credentials: creds, secrets: secrets, host: readHostDNS(resolvConf), credentialDir: credentialDir, lists: o.lists(t), gone: o.gone, included: slices.Collect(maps.Keys(o.states))}, diags
 }
 
 // missingCredentials reports the servers whose credentials nobody knows.
@@ -105,8 +114,9 @@ func LoadClosed(path string) (*Setup, routes.Diagnostics) {
 	default:
 		return nil, diags
 	}
-	t, more := routes.ParseFile(c.Routes, routes.Options{})
-	return &Setup{Config: c, Table: t, host: readHostDNS(resolvConf)}, append(diags, more...)
+	o := newOpened(c.State.Directory, nil)
+	t, more := routes.ParseFile(c.Routes, routes.Options{Open: o.open})
+	return &Setup{Config: c, Table: t, host: readHostDNS(resolvConf)}, append(append(diags, more...), o.warnings()...)
 }
 
 // syntheticResolvers reports resolvers of via= that no question can come to: their

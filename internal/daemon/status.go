@@ -76,7 +76,7 @@ type KernelStatus struct {
 func (d *Daemon) Status() Status {
 	d.mu.Lock()
 	s := Status{Started: d.started, Pid: pid, Version: d.version, Config: d.setup.Config.Path}
-	reloads := d.reloads
+	reloads, setup := d.reloads, d.setup
 	d.mu.Unlock()
 	c, err := d.counts(reloads)
 	if err != nil {
@@ -90,7 +90,7 @@ func (d *Daemon) Status() Status {
 		s.Kernel.Error = err.Error()
 	}
 	s.Limits = s.limits()
-	s.Trouble = s.trouble(time.Now())
+	s.Trouble = append(s.trouble(time.Now()), setup.goneLists()...)
 	return s
 }
 

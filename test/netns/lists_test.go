@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -173,4 +174,42 @@ func (d *daemon) status(t testing.TB, key string) (n int) {
 	}
 	t.Fatalf("no %s in\n%s", key, b)
 	return 0
+}
+
+// TestListIsGone: a gateway whose list was lost starts by what that held, says so in
+// its log and status, and follows the list once there is one again.
+func TestListIsGone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	h := w.gateway
+	h.file(t, "list", "denied.example\n", 0o644)
+	rules := "LIST ads file=list\nDENY $ads reject=dns-nxdomain\nSOCKD5 @=198.51.100.11 *\n"
+	d := serve(t, h, settings{routes: rules})
+	eventually(t, 20*time.Second, "a copy of the list", func() bool {
+		files, _ := filepath.Glob(filepath.Join(d.set.state, "list-*"))
+		return len(files) == 1 && !strings.HasSuffix(files[0], ".new")
+	})
+	h.must(t, os.Remove(h.dir+"/list"))
+	d.stop(t)
+	d.start(t)
+	if got := w.answer(t, "denied.example"); got != "NXDOMAIN" {
+		t.Errorf("without the file: %s", got)
+	}
+	if !strings.Contains(d.output(), "list:1:1: warning W09: the file is gone") {
+		t.Errorf("the log:\n%s", d.output())
+	}
+	status := func() string { return d.cli(t, "status", "-c", d.config).ok(t).out }
+	if !strings.Contains(status(), "list: the file is gone") {
+		t.Errorf("the status:\n%s", status())
+	}
+	d.reload(t)
+	d.routes(t, rules+"LIST other file=missing\nDENY $other\n")
+	if r := d.cli(t, "reload", "-c", d.config); r.code != 2 || !strings.Contains(r.err, "missing") || strings.Contains(r.err, "list:1:1: error") {
+		t.Errorf("a reload with another file that is missing: %d %s", r.code, r.err)
+	}
+	h.file(t, "list", "again.example\n", 0o644)
+	eventually(t, 20*time.Second, "the list that is back", func() bool { return w.answer(t, "again.example") == "NXDOMAIN" })
+	if strings.Contains(status(), "gone;") || strings.Contains(status(), "the file is gone") {
+		t.Errorf("the status:\n%s", status())
+	}
 }
