@@ -131,7 +131,7 @@ func (t *Table) resolvedHere(r *Rule, left *int) (by *resolveRule) {
 				by = e
 				return e.mode == ResolveLocal
 			}
-			if names.covers(e) {
+			if names.covers(e) || e.list != nil && e.mode != ResolveLocal { // it may have some of them
 				break
 			}
 		}

@@ -89,7 +89,7 @@ func newIndex(rules []*Rule, names *nameText) *index {
 			below[s] = appendOnce(below[s], r)
 		}
 	}
-	x.names = newNameTable(names)
+	x.names = newNameTable(names, names.n)
 	for p, rules := range prefixes {
 		x.prefix(p, x.group(rules))
 	}

@@ -91,9 +91,9 @@ type nameSlot struct {
 
 const tagged = 1 << 7
 
-// newNameTable makes a table that has room for the names of a text.
-func newNameTable(text *nameText) nameTable {
-	n := text.n + text.n/3 + 1
+// newNameTable makes a table that has room for so many names of a text.
+func newNameTable(text *nameText, names int) nameTable {
+	n := names + names/3 + 1
 	return nameTable{text, maphash.MakeSeed(), make([]uint8, n), make([]nameSlot, n)}
 }
 

@@ -27,7 +27,7 @@ func TestNameTable(t *testing.T) {
 	if len(text.blocks) < 2 {
 		t.Fatal("one block")
 	}
-	table := newNameTable(text)
+	table := newNameTable(text, text.n)
 	for range 2 {
 		for n, rules := range want {
 			table.slot(refs[n]).nameRules = rules

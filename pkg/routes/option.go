@@ -279,7 +279,7 @@ func (l *line) resolveOption(r *Rule, t token) {
 		return
 	}
 	if r.dest.list != nil {
-		l.errorf(t, "E29", "resolve= is not for a LIST, which can be long: write RESOLVE lines")
+		l.errorf(t, "E29", "resolve= is not for a LIST: write a RESOLVE line for it")
 		return
 	}
 	add := func(e resolveRule) {

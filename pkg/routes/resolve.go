@@ -15,6 +15,8 @@ type resolveRule struct {
 	all    bool
 	name   string           // exact
 	suffix string           // of "*.suffix"
+	list   *list            // a LIST with names; nil: it is none
+	names  nameTable        // its members
 	via    []netip.AddrPort // who is asked; nil: the resolvers of the host
 }
 
@@ -22,17 +24,37 @@ func (r *resolveRule) matches(name string) bool {
 	switch {
 	case r.all:
 		return true
+	case r.list != nil:
+		return r.names.get(name).exact != 0 || r.hasBelow(name)
 	case r.suffix != "":
 		return below(name, r.suffix)
 	}
 	return name == r.name
 }
 
-// covers tells whether r matches every name that later does.
+// hasBelow tells whether a name is below a pattern of the LIST.
+func (r *resolveRule) hasBelow(name string) bool {
+	for {
+		i := strings.IndexByte(name, '.')
+		if i < 0 {
+			return false
+		}
+		if name = name[i+1:]; r.names.get(name).below != 0 {
+			return true
+		}
+	}
+}
+
+// covers tells whether r matches every name that later does. What a LIST has is not
+// gone through for it.
 func (r *resolveRule) covers(later *resolveRule) bool {
 	switch {
 	case r.all || later.all:
 		return r.all
+	case later.list != nil:
+		return r.list == later.list
+	case r.list != nil && later.suffix != "":
+		return r.names.get(later.suffix).below != 0 || r.hasBelow(later.suffix)
 	case later.suffix != "":
 		return r.suffix != "" && (later.suffix == r.suffix || below(later.suffix, r.suffix))
 	}
@@ -55,6 +77,7 @@ type resolves struct {
 	list         []*resolveRule // in order
 	place        map[*resolveRule]int
 	exact, below map[string]*resolveRule // the first one
+	lists        []*resolveRule
 	all          *resolveRule
 }
 
@@ -67,6 +90,8 @@ func newResolves(list []*resolveRule) *resolves {
 			if s.all == nil {
 				s.all = r
 			}
+		case r.list != nil:
+			s.lists = append(s.lists, r)
 		case r.suffix != "":
 			if s.below[r.suffix] == nil {
 				s.below[r.suffix] = r
@@ -97,6 +122,11 @@ func (s *resolves) of(name string) *resolveRule {
 		}
 		rest = rest[i+1:]
 		take(s.below[rest])
+	}
+	for _, r := range s.lists {
+		if (first == nil || s.place[r] < s.place[first]) && r.matches(name) {
+			return r
+		}
 	}
 	return first
 }
@@ -135,7 +165,7 @@ func (l *line) resolve(t token) {
 		if ok {
 			l.errorf(w, "E29", "%q is no way to resolve; use local, remote or local-then-remote", w.text)
 		} else {
-			l.errorf(w, "E29", "RESOLVE local|remote|local-then-remote PATTERN [via=RESOLVER]")
+			l.errorf(w, "E29", "RESOLVE local|remote|local-then-remote PATTERN|$LIST [via=RESOLVER]")
 		}
 		return
 	}
@@ -144,9 +174,26 @@ func (l *line) resolve(t token) {
 		l.errorf(w, "E02", "missing name or pattern after RESOLVE %s", l.tokens[1].text)
 		return
 	}
-	if w.text == "*" {
+	switch {
+	case w.text == "*":
 		r.all = true
-	} else {
+	case w.text[0] == '$':
+		d := l.destination(w)
+		if d.list == nil {
+			return
+		}
+		if d.noName() && len(d.prefixes) > 0 {
+			l.warnf(w, "E22", "RESOLVE line can never match: LIST %s has no names", w.text[1:])
+		}
+		r.all, r.list = d.anyName, d.list
+		r.names = newNameTable(l.names, len(d.names.refs)+len(d.suffixes.refs))
+		for _, n := range d.names.refs {
+			r.names.slot(n).exact = 1
+		}
+		for _, n := range d.suffixes.refs {
+			r.names.slot(n).below = 1
+		}
+	default:
 		name, suffix, ok := l.pattern(w, w.text)
 		if !ok {
 			return

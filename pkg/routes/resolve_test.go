@@ -45,10 +45,10 @@ func TestResolvers(t *testing.T) {
 
 // TestFirstResolveLine: the first line that matches counts, wherever it is found.
 func TestFirstResolveLine(t *testing.T) {
-	lines := []string{"RESOLVE local a.b.c", "RESOLVE local *.b.c", "RESOLVE local *.c", "RESOLVE local *", "RESOLVE local b.c", "RESOLVE local a.b.c"}
+	lines := []string{"RESOLVE local a.b.c", "RESOLVE local *.b.c", "RESOLVE local $two", "RESOLVE local *.c", "RESOLVE local *", "RESOLVE local b.c", "RESOLVE local $one", "RESOLVE local a.b.c"}
 	for i := range lines { // each rotation
 		order := append(append([]string{}, lines[i:]...), lines[:i]...)
-		table := mustParse(t, strings.Join(order, "\n"))
+		table := mustParse(t, strings.Join(order, "\n"), "LIST one *.b.c x.a.b.c 10.0.0.0/8", "LIST two b.c *.a.b.c d")
 		for _, name := range []string{"a.b.c", "x.b.c", "b.c", "c", "x.a.b.c", "d"} {
 			var want *resolveRule
 			for _, r := range table.resolves.list {
@@ -60,6 +60,41 @@ func TestFirstResolveLine(t *testing.T) {
 			if got := table.resolves.of(name); got != want {
 				t.Errorf("%s in %q: %+v, want %+v", name, order, got, want)
 			}
+		}
+	}
+}
+
+// TestResolveList: the names of a LIST are resolved as its line says, and nothing is
+// said of a rule that it may leave a name to.
+func TestResolveList(t *testing.T) {
+	table := mustParse(t, "LIST corp *.corp.example intern.example 10.0.0.0/8", "RESOLVE local $corp via=10.0.0.53", "RESOLVE remote *", "SOCKD4 @=192.0.2.1 *.x.corp.example", "SOCKD4 @=192.0.2.1 intern.example", "SOCKD5 @=192.0.2.1 *")
+	for name, want := range map[string]string{"a.corp.example": "real", "b.a.corp.example": "real", "intern.example": "real", "corp.example": "synthetic", "a.intern.example": "synthetic"} {
+		if got := table.Name(name, flow.Flow{}, LocalNames{}).Kind.String(); got != want {
+			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
+	if got := fmt.Sprint(table.Resolvers("a.corp.example"), table.Resolvers("corp.example")); got != "[10.0.0.53:53] []" {
+		t.Error(got)
+	}
+	for rules, want := range map[string]string{
+		"RESOLVE local $none\nDIRECT *":                                                                              "1:15 E12!",
+		"LIST l 10.0.0.0/8\nRESOLVE local $l\nDIRECT *":                                                              "2:15 E22",
+		"LIST l *.a.example\nRESOLVE local $l\nRESOLVE remote b.a.example\nRESOLVE local $l\nDIRECT *":               "3:1 E22 4:1 E22",
+		"LIST l *.a.example\nRESOLVE local *\nRESOLVE remote $l\nDIRECT *":                                           "3:1 E22",
+		"LIST l c.a.example\nRESOLVE remote $l\nRESOLVE local *.a.example\nSOCKD5 @=192.0.2.1 *.a.example\nDIRECT *": "",
+		"LIST l *.a.example\nRESOLVE local $l\nSOCKD5 @=192.0.2.1 *.b.a.example\nDIRECT *":                           "3:1 E22",
+	} {
+		_, diags := Parse("socks.cnf", strings.NewReader(rules), Options{})
+		var got []string
+		for _, d := range diags {
+			s := fmt.Sprintf("%d:%d %s", d.Line, d.Col, d.Code)
+			if d.Severity == Error {
+				s += "!"
+			}
+			got = append(got, s)
+		}
+		if s := strings.Join(got, " "); s != want {
+			t.Errorf("%q: %s, want %s", rules, s, want)
 		}
 	}
 }

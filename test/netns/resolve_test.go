@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 )
@@ -171,4 +172,22 @@ func (w *world) answer(t testing.TB, name string) string {
 		return a
 	}
 	return "pool"
+}
+
+// TestResolveList: the names of a list are resolved here, and those that it gets later.
+func TestResolveList(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.insideDNS.add(t, "one.corp.example. 60 IN A "+insideAt, "two.corp.example. 60 IN A "+insideAt)
+	w.gateway.file(t, "corp", "one.corp.example\n", 0o644)
+	serve(t, w.gateway, settings{routes: "LIST corp file=corp\nRESOLVE local $corp\nDIRECT 198.51.100.0/24\nSOCKD5 @=198.51.100.11 *\n"})
+	for name, want := range map[string]string{"one.corp.example": insideAt, "two.corp.example": "pool"} {
+		if got := w.answer(t, name); got != want {
+			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
+	w.client.curl(t, "http://one.corp.example/").fetched(t, clientAt)
+	w.gateway.file(t, "corp", "*.corp.example\n", 0o644)
+	eventually(t, 20*time.Second, "the list that has changed", func() bool { return w.answer(t, "two.corp.example") == insideAt })
+	w.client.curl(t, "http://two.corp.example/").fetched(t, clientAt)
 }
