@@ -226,6 +226,9 @@ func (c *Client) do(ctx context.Context, method, path string) ([]byte, error) {
 		if errors.As(err, &op) {
 			err = op.Err
 		}
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, fmt.Errorf("control: %s: permission denied: root may ask, and whoever is in the group of the socket", c.path)
+		}
 		return nil, fmt.Errorf("control: %s: %w; is the daemon running?", c.path, err)
 	}
 	defer resp.Body.Close()

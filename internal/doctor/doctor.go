@@ -12,6 +12,7 @@ import (
 	"context"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/redirect"
@@ -101,6 +102,9 @@ func Examine(ctx context.Context, h Host) Report {
 func abilities() (list []Finding) {
 	needed := []string{"nftables tproxy", "policy routing", "transparent sockets"}
 	for _, a := range redirect.Abilities() {
+		if why, unknown := strings.CutPrefix(a.State, "unknown: "); unknown {
+			return []Finding{{"rights", "this host can be looked at in part only: " + why, "what would stop flows may not be seen by this user", "run this as root"}}
+		}
 		if slices.Contains(needed, a.Name) && a.State != "yes" {
 			list = append(list, Finding{"kernel", a.Name + ": " + a.State, "without it no flow can be taken", "run this as root; on a kernel of your own switch on CONFIG_NFT_TPROXY, CONFIG_NFT_SOCKET and CONFIG_IP_MULTIPLE_TABLES"})
 		}

@@ -50,6 +50,8 @@ func TestDoctor(t *testing.T) {
 				g.nft(t, "table ip filter {\nchain FORWARD { type filter hook forward priority 0; policy drop; }\n}")
 			},
 			func() { g.nft(t, "delete table ip filter") }, "forward", "the chain FORWARD of table ip filter"},
+		{"network in the pool",
+			func() { g.ip(t, "addr add 198.18.7.1/24 dev lan0") }, func() { g.ip(t, "addr del 198.18.7.1/24 dev lan0") }, "pool", "198.18.7.1/24 has addresses"},
 		{"mark of others",
 			func() { g.ip(t, "rule add fwmark 0x4000/0x4000 lookup 99 pref 77") }, func() { g.ip(t, "rule del pref 77") }, "mark", "routing rule 77"},
 		{"rp_filter with src_valid_mark",

@@ -53,6 +53,15 @@ func TestControlRights(t *testing.T) {
 			t.Errorf("user %d: %s %s: %s, want %s", tt.user, tt.method, tt.path, got, tt.want)
 		}
 	}
+	by := func(args ...string) result {
+		return w.gateway.run(t, command{args: append([]string{tool(t, "setpriv"), fmt.Sprint("--reuid=", stranger), fmt.Sprint("--regid=", stranger), "--clear-groups", d.bin}, args...)})
+	}
+	if r := by("status", "--socket", d.socket()).exit(t, 1); !strings.Contains(r.err, "root may ask") || strings.Contains(r.err, "hint") {
+		t.Errorf("status of a stranger: %q", r.err)
+	}
+	if r := by("doctor", "--socket", d.socket()).exit(t, 1); strings.Count(r.out, "why:") != 1 || !strings.Contains(r.out, "run this as root") {
+		t.Errorf("doctor of a stranger: %q", r.out)
+	}
 	if n := d.metric(t, `tproxyd_reloads_total{result="done"}`); n != 1 {
 		t.Errorf("%v reloads, want that of root alone", n)
 	}
