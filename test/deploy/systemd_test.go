@@ -105,9 +105,10 @@ func (d *debian) cgroup() *os.File {
 	return f
 }
 
-// inside is what nsenter is told for a command beside the booted systemd.
+// inside is what nsenter is told for a command beside the booted systemd. Where the
+// tests run in a chroot, the mount namespace alone would lead out of that.
 func (d *debian) inside(args ...string) []string {
-	return append([]string{"--target=" + d.init, "--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup"}, args...)
+	return append([]string{"--target=" + d.init, "--mount", "--root", "--wd", "--pid", "--uts", "--ipc", "--net", "--cgroup"}, args...)
 }
 
 func (d *debian) eventually(what string, ok func() bool) {
