@@ -91,7 +91,7 @@ func startSuccessor(old control.Process) (p *os.Process, pidfd int, err error) {
 		return nil, -1, err
 	}
 	defer null.Close()
-	dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", old.Pid)) // names may be relative to it
+	dir, err := directoryOf(old.Pid) // names may be relative to it
 	if err != nil {
 		return nil, -1, err
 	}
@@ -101,6 +101,18 @@ func startSuccessor(old control.Process) (p *os.Process, pidfd int, err error) {
 	}
 	p, err = os.StartProcess(program, args, &os.ProcAttr{Dir: dir, Files: []*os.File{null, os.Stdout, os.Stderr}, Sys: attr})
 	return p, pidfd, err
+}
+
+// directoryOf returns the working directory of a process. From another mount
+// namespace that is seen with all that is above its root, if that is no root of a
+// mount namespace.
+func directoryOf(pid int) (string, error) {
+	root, err := os.Readlink(fmt.Sprintf("/proc/%d/root", pid))
+	if err != nil {
+		return "", err
+	}
+	dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid))
+	return filepath.Join("/", strings.TrimPrefix(dir, root)), err
 }
 
 // awaitService returns when a process answers for the daemon. The error says what
