@@ -53,8 +53,8 @@ func (t *table) conditions(m Marks, c *Client, name func(string) string) (all []
 	}
 	if len(c.Cgroups) > 0 {
 		var within [][]statement
-		for level, groups := range t.cgroups.levels(c.Cgroups) {
-			within = append(within, []statement{cgroupIn(level, t.set(cgroupSet(name("cg"+strconv.Itoa(level)), groups)))})
+		for level, s := range t.cgroupSets(c.Cgroups, name("cg")) {
+			within = append(within, []statement{cgroupIn(level, s)})
 		}
 		alternatives = product(alternatives, within)
 	}

@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"time"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 )
 
@@ -19,8 +22,8 @@ import (
 // ones (fs.inotify.max_user_watches).
 const lookAgain = time.Second
 
-// followCgroups puts the plan in force anew when what its names of cgroups mean
-// has changed, until ctx ends.
+// followCgroups has the table follow when what the plan's names of cgroups mean has
+// changed, until ctx ends.
 func (r *Redirect) followCgroups(ctx context.Context, onEvent func(string)) error {
 	select {
 	case <-ctx.Done():
@@ -74,23 +77,100 @@ func watchCgroups(fd int, mount string) error {
 	return errors.Join(err, failed)
 }
 
-// cgroupsChanged looks for the groups of the plan, and puts it in force anew if
-// they are others than then.
+// findNamed looks for what a plan names, which is followed from then on.
+func (r *Redirect) findNamed(p *Plan) (cgroups, error) {
+	names := p.cgroupNames()
+	if len(names) > 0 {
+		select {
+		case r.named <- struct{}{}:
+		default:
+		}
+	}
+	return findCgroups(names)
+}
+
+// namedCgroups are the sets of what is named in one place.
+type namedCgroups struct {
+	names []string
+	sets  map[int]string // by level
+}
+
+// cgroupSets makes a set of each level of what is named in one place.
+func (t *table) cgroupSets(names []string, prefix string) iter.Seq2[int, *set] {
+	n := &namedCgroups{names, map[int]string{}}
+	t.named = append(t.named, n)
+	return func(yield func(int, *set) bool) {
+		for level, groups := range t.cgroups.levels(names) {
+			s := t.set(cgroupSet(prefix+strconv.Itoa(level), groups))
+			n.sets[level] = s.name
+			if !yield(level, s) {
+				return
+			}
+		}
+	}
+}
+
+// cgroupsChanged looks for the groups of the plan, and has the table follow if they
+// are others than then.
 func (r *Redirect) cgroupsChanged() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed || r.plan == nil {
+	if r.closed || r.lent || r.plan == nil {
 		return false
 	}
 	now, err := findCgroups(r.plan.cgroupNames())
 	if err == nil && slices.Equal(now, r.cgroups) {
 		return false
 	}
-	if err == nil {
+	if err == nil && !r.changeCgroups(now) {
 		err = r.healTable()
 	}
 	if err != nil {
 		r.log.Error("rules for cgroups that have come or gone are not in force", "err", err)
 	}
 	return err == nil
+}
+
+// changeCgroups makes the sets in force those of other groups; false if it cannot:
+// a level of groups that there was none of needs rules.
+func (r *Redirect) changeCgroups(now cgroups) bool {
+	gone := without(r.cgroups, now)
+	come := without(now, r.cgroups)
+	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+	complete := true
+	msgs, err := record(func(c *nftables.Conn) error {
+		for _, n := range r.within {
+			for _, d := range []struct {
+				groups cgroups
+				change func(*nftables.Set, []nftables.SetElement) error
+			}{{gone, c.SetDeleteElements}, {come, c.SetAddElements}} {
+				for level, groups := range d.groups.levels(n.names) {
+					name, ok := n.sets[level]
+					complete = complete && ok
+					s := cgroupSet(name, groups)
+					for els := range slices.Chunk(s.elements, chunk) {
+						if err := d.change(s.lib(nt, 1), els); err != nil {
+							return err
+						}
+					}
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil || !complete {
+		return false
+	}
+	r.notebook.set(r.plan, now) // before a new one can be noted
+	if err := r.nf.commit(msgs); err != nil {
+		r.log.Debug("the sets of cgroups cannot be changed", "err", err)
+		return false
+	}
+	r.cgroups = now
+	return true
+}
+
+// without returns those of a that are not in b.
+func without(a, b cgroups) cgroups {
+	return slices.DeleteFunc(slices.Clone(a), func(c cgroup) bool { return slices.Contains(b, c) })
 }

@@ -50,6 +50,7 @@ type Redirect struct {
 	lock     net.Listener     // instead of owning, where the kernel knows no owners
 	plan     *Plan            // what is in force; nil: nothing of ours
 	cgroups  cgroups          // that it names, as they were then
+	within   []*namedCgroups  // the sets of them, of the table in force
 	notebook *notebook        // for Who
 	programs *programs        // for Program
 	logs     *logs            // for Logged
@@ -229,21 +230,17 @@ func (r *Redirect) applyTable(p *Plan) error {
 // putTable puts the table in force. One that is there is changed, if it can be;
 // else it is replaced.
 func (r *Redirect) putTable(p *Plan, ours, exists bool, d dynamic) (err error) {
-	names := p.cgroupNames()
-	if r.cgroups, err = findCgroups(names); err != nil {
+	before := r.cgroups
+	defer func() {
+		if err != nil {
+			r.cgroups = before
+			return
+		}
+		r.notebook.set(p, r.cgroups)
+	}()
+	if r.cgroups, err = r.findNamed(p); err != nil {
 		return err
 	}
-	if len(names) > 0 {
-		select {
-		case r.named <- struct{}{}:
-		default:
-		}
-	}
-	defer func() {
-		if err == nil {
-			r.notebook.set(p, r.cgroups)
-		}
-	}()
 	alive := r.beAlive(p)
 	if ours {
 		err := r.changeTable(p, alive, d)
@@ -312,7 +309,7 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 		r.dropUnused(t, there) // if that fails too, the next plan takes them away
 		return err
 	}
-	r.live = t.live
+	r.live, r.within = t.live, t.named
 	r.carryOver(counted, t.tallies)
 	return nil
 }
@@ -368,7 +365,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 	if err != nil {
 		return err
 	}
-	r.live = t.live
+	r.live, r.within = t.live, t.named
 	r.carryOver(r.tallied, t.tallies)
 	return r.verify(t)
 }

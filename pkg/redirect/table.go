@@ -51,6 +51,7 @@ type table struct {
 	alive  bool   // output asks for the mark of this name
 
 	cgroups cgroups // that the plan names, as they are
+	named   []*namedCgroups
 	tallies tallies // what is counted by tags
 	appeals []rule  // see Plan.DivertDenied; their last statement is to be added
 

@@ -111,8 +111,7 @@ func (t *table) notes(p *Plan) {
 	if p.Local {
 		c := t.chain("who_own")
 		c.rules = append(c.rules, p.Who.forget(ip4), p.Who.forget(ip6))
-		for level, groups := range t.cgroups.levels(p.Who.Cgroups) {
-			s := t.set(cgroupSet(fmt.Sprintf("who_cg%d", level), groups))
+		for level, s := range t.cgroupSets(p.Who.Cgroups, "who_cg") {
 			for _, f := range fs {
 				c.rules = append(c.rules, p.Who.note(f, []statement{cgroupIn(level, s)}, func(data uint32) []expr.Any {
 					return append(ids(data), &expr.Socket{Key: expr.SocketKeyCgroupv2, Level: uint32(level), Register: data + 3})
