@@ -42,9 +42,17 @@ runs it starts as always.`,
 		if err != nil {
 			return err
 		}
+		if e.getenv(searcherVariable) != "" {
+			return failed(e.search())
+		}
 		setup, diags := daemon.Load(conf, e.getenv("CREDENTIALS_DIRECTORY"))
 		if err := e.tell(diags); err != nil {
 			return err
+		}
+		var looks *searcher
+		if setup.Config.Sandbox && setup.NamesPrograms() {
+			looks = &searcher{}
+			setup.SearchBy(looks.ask)
 		}
 		ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 		defer stop()
@@ -70,6 +78,12 @@ runs it starts as always.`,
 			return failed(err)
 		}
 		go dumpState(ctx, usr1, func() any { return d.Status() }, log)
+		if looks != nil { // from here on descriptors of others are none that it would get
+			if err := looks.start(e); err != nil {
+				return failed(err)
+			}
+			defer looks.stop()
+		}
 		if setup.Config.Sandbox {
 			e.enterSandbox(setup, log)
 		}
@@ -85,7 +99,7 @@ func (e *env) enterSandbox(setup *daemon.Setup, log *slog.Logger) {
 	for _, dir := range filepath.SplitList(e.getenv("SSL_CERT_DIR")) {
 		read = append(read, filepath.Join(dir, "ca.pem"))
 	}
-	for _, what := range sandbox.Enter(sandbox.Files{Read: sandbox.Folders(read...), Write: sandbox.Folders(write...), Processes: setup.NamesPrograms()}) {
+	for _, what := range sandbox.Enter(sandbox.Files{Read: sandbox.Folders(read...), Write: sandbox.Folders(write...)}) {
 		log.Warn("the sandbox is weaker than it could be", "missing", what)
 	}
 }

@@ -217,7 +217,7 @@ func (d *Daemon) open(e *estate) (err error) {
 // listen makes everything that belongs to the network namespace of the calling
 // thread, where flows are taken, or takes it from the estate.
 func (d *Daemon) listen(e *estate, log *slog.Logger) (err error) {
-	if d.kernel, err = redirect.Open(redirect.Options{Log: log, NoOwner: d.enclosure != nil && d.enclosure.Ends, Taken: e.hold()}); err != nil {
+	if d.kernel, err = redirect.Open(redirect.Options{Log: log, NoOwner: d.enclosure != nil && d.enclosure.Ends, Taken: e.hold(), Search: d.setup.search}); err != nil {
 		return err
 	}
 	if d.flows, err = e.tcp(d.mark); err != nil {

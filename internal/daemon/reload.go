@@ -61,8 +61,10 @@ func (d *Daemon) put(next *Setup) error {
 	if err != nil {
 		return err
 	}
-	if err := next.mayFindPrograms(); err != nil {
-		return err
+	if next.search = d.setup.search; next.search == nil {
+		if err := next.mayFindPrograms(); err != nil {
+			return err
+		}
 	}
 	d.admitting.Lock()
 	defer d.admitting.Unlock()

@@ -34,6 +34,8 @@ type Setup struct {
 
 	credentialDir string     // where Load was told to look for credentials
 	enclosure     *Enclosure // nil: flows of this host and of its interfaces
+
+	search func(named []string) (map[uint64]string, error) // see SearchBy; nil: this process does
 }
 
 // Load reads tproxyd.toml at path and the files that it names. CredentialDir
@@ -197,11 +199,15 @@ func rulesOfNobody(t *routes.Table, c *config.Config) (diags routes.Diagnostics)
 	return diags
 }
 
+// SearchBy has another process look for the programs that rules name, for one whose
+// sandbox does not let it; see redirect.Options. It is called before New.
+func (s *Setup) SearchBy(search func(named []string) (map[uint64]string, error)) { s.search = search }
+
 // NamesPrograms tells whether serving takes a look at other processes.
 func (s *Setup) NamesPrograms() bool { return s.Config.Intercept.Local && len(s.Table.Programs()) > 0 }
 
-// mayFindPrograms tells what is missing for the programs that rules name. In an
-// enclosed namespace they are ours to look at.
+// mayFindPrograms tells what is missing for the programs that rules name, if this
+// process has to look for them. In an enclosed namespace they are ours to look at.
 func (s *Setup) mayFindPrograms() error {
 	if !s.NamesPrograms() || s.enclosure != nil || redirect.MayFindPrograms() {
 		return nil

@@ -27,10 +27,6 @@ import (
 type Files struct {
 	Read  []string // folders and files to read
 	Write []string // folders to read, to make and remove files in and to write them
-
-	// Processes are to be looked at, in /proc: CAP_SYS_PTRACE is kept, and landlock,
-	// which does not let anybody do that, is not used. Nothing can be traced.
-	Processes bool
 }
 
 // system is what the standard library and the kernel's figures are read from.
@@ -50,13 +46,24 @@ var keep = []uint{
 // Enter takes the rights. Missing tells, a line each, what this kernel or the
 // rights of the caller did not allow to take; nil: all of it was.
 func Enter(f Files) (missing []string) {
+	return enter(keep, func() error { return limitFiles(f) })
+}
+
+// EnterToLook is Enter for a process that looks at others in /proc and does nothing
+// else. Of capabilities it keeps CAP_SYS_PTRACE alone, and landlock, which would hide
+// the others, is not used.
+func EnterToLook() (missing []string) {
+	return enter([]uint{unix.CAP_SYS_PTRACE}, func() error { return nil })
+}
+
+func enter(keep []uint, files func() error) (missing []string) {
 	for _, step := range []struct {
 		what string
 		do   func() error
 	}{
 		{"no new rights", func() error { return every(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0) }},
-		{"capabilities", func() error { return dropCapabilities(f.Processes) }},
-		{"files (landlock)", func() error { return limitFiles(f) }},
+		{"capabilities", func() error { return dropCapabilities(keep) }},
+		{"files (landlock)", files},
 		{"system calls (seccomp)", limitCalls},
 	} {
 		if err := step.do(); err != nil {
@@ -75,7 +82,7 @@ func every(nr, a, b, c uintptr) error {
 }
 
 // dropCapabilities leaves what the process has of keep, and nothing to come by more.
-func dropCapabilities(trace bool) error {
+func dropCapabilities(keep []uint) error {
 	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var have [2]unix.CapUserData
 	if err := unix.Capget(&head, &have[0]); err != nil {
@@ -84,9 +91,6 @@ func dropCapabilities(trace bool) error {
 	var kept [2]uint32
 	for _, c := range keep {
 		kept[c/32] |= 1 << (c % 32)
-	}
-	if trace {
-		kept[unix.CAP_SYS_PTRACE/32] |= 1 << (unix.CAP_SYS_PTRACE % 32)
 	}
 	if have[unix.CAP_SETPCAP/32].Effective&(1<<(unix.CAP_SETPCAP%32)) != 0 {
 		for c := uint(0); c < 64; c++ {
@@ -114,9 +118,6 @@ func limitFiles(f Files) error {
 		read  = landlock.AccessFSSet(ll.AccessFSReadFile | ll.AccessFSReadDir)
 		write = read | ll.AccessFSWriteFile | ll.AccessFSTruncate | ll.AccessFSRemoveFile | ll.AccessFSMakeReg | ll.AccessFSMakeSock
 	)
-	if f.Processes {
-		return nil
-	}
 	if v, err := ll.LandlockGetABIVersion(); err != nil || v < 1 {
 		return errors.New("not in this kernel")
 	}

@@ -25,6 +25,8 @@ import (
 
 // programs finds them. It has a socket of its own, as notebook has.
 type programs struct {
+	search func(named []string) (map[uint64]string, error)
+
 	diagMu sync.Mutex
 	diag   *nfnl // nil: see err
 	err    error
@@ -55,9 +57,12 @@ const (
 	knownTime    = 5 * time.Second
 )
 
-func dialPrograms() *programs {
+func dialPrograms(search func(named []string) (map[uint64]string, error)) *programs {
+	if search == nil {
+		search = SearchPrograms
+	}
 	c, err := dialNetlink(unix.NETLINK_SOCK_DIAG)
-	return &programs{diag: c, err: err, known: map[uint64]known{}}
+	return &programs{search: search, diag: c, err: err, known: map[uint64]known{}}
 }
 
 func (p *programs) close() {
@@ -102,7 +107,7 @@ func (r *Redirect) Program(f *flow.Flow, named []string) error {
 	}
 	if p.last.names != names || p.last.at.Before(asked) {
 		at := time.Now()
-		found, err := searchProc(named)
+		found, err := p.search(named)
 		if err != nil {
 			return fmt.Errorf("redirect: which program a flow is from: %w", err)
 		}
@@ -170,9 +175,10 @@ func (p *programs) socket(f *flow.Flow) (inode uint64, err error) {
 	return inode, nil
 }
 
-// searchProc returns the sockets that processes have open which execute one of the
-// programs, by their inodes.
-func searchProc(named []string) (map[uint64]string, error) {
+// SearchPrograms returns the sockets that processes have open which execute one of the
+// programs, by their inodes, with the program as it was named. Of processes that this
+// one may not look at there are none.
+func SearchPrograms(named []string) (map[uint64]string, error) {
 	proc, err := os.Open("/proc")
 	if err != nil {
 		return nil, err

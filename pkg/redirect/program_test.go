@@ -87,7 +87,7 @@ func TestProgram(t *testing.T) {
 
 func BenchmarkSearchProc(b *testing.B) {
 	for b.Loop() {
-		if _, err := searchProc([]string{"/usr/bin/ssh", "nobody"}); err != nil {
+		if _, err := SearchPrograms([]string{"/usr/bin/ssh", "nobody"}); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -30,6 +30,7 @@ type Options struct {
 	// change anything: what the kernel does at the end of an owner takes it
 	// some ten milliseconds.
 	NoOwner bool
+	Search  func(named []string) (map[uint64]string, error) // in place of SearchPrograms, for a process that must not
 
 	// Taken is the hold of a process whose place this one takes; it stays the
 	// caller's. nil: nobody has the table, or it is an error.
@@ -89,7 +90,7 @@ func Open(o Options) (*Redirect, error) {
 	if err == nil {
 		r.notebook.nf, err = dialNfnl()
 	}
-	r.programs, r.logs = dialPrograms(), dialLogs()
+	r.programs, r.logs = dialPrograms(o.Search), dialLogs()
 	if err == nil {
 		r.policy, err = dialPolicy()
 	}

@@ -209,6 +209,9 @@ func TestExcludeProgram(t *testing.T) {
 			t.Errorf("UDP to %s came from %q and %q, want %v", to, direct, proxied, want)
 		}
 	}
+	if strings.Contains(d.output(), "sandbox") {
+		t.Errorf("it says\n%s", d.output())
+	}
 	if n := d.metric(t, fmt.Sprintf(`tproxyd_rule_flows_total{action="DIRECT",rule="%s/socks.cnf:5"}`, w.gateway.dir)); n < 4 {
 		t.Errorf("%v flows are counted for the line", n)
 	}
