@@ -410,6 +410,20 @@ func (d *Daemon) Drain(limit time.Duration) {
 	}
 }
 
+// refuseLeft tells who asked what was not answered, so that nobody waits for it.
+func (d *Daemon) refuseLeft() {
+	if d.names == nil {
+		return
+	}
+	questions, streams := d.names.Left()
+	for _, q := range questions {
+		d.refuser.Refuse(q, redirect.PortUnreachable) // at most what the rate allows
+	}
+	for _, s := range streams {
+		s.Conn.Close()
+	}
+}
+
 // release takes down whatever is up, the kernel first, so that clients hear
 // of it at once, the state last.
 func (d *Daemon) release(keep bool) {
@@ -439,6 +453,7 @@ func (d *Daemon) release(keep bool) {
 		d.udp.Close()
 	}
 	if d.refuser != nil {
+		d.refuseLeft()
 		d.refuser.Close()
 	}
 	if d.dns != nil {

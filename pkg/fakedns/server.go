@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -179,13 +180,29 @@ func (s *Server) Stats() Stats {
 	return Stats{c.synthetic.Load(), c.local.Load(), c.remote.Load(), c.refused.Load(), c.failed.Load(), c.dropped.Load(), s.pool.status()}
 }
 
+// interruptible is a PacketConn whose reader can be woken, and read what is there.
+type interruptible interface {
+	flow.PacketSource
+	SetReadDeadline(time.Time) error
+}
+
+// maxRest is how many batches are still read at the end.
+const maxRest = 64
+
 // ServeUDP answers questions on pc until ctx ends, those first that were read
-// before. It closes pc. What it has not answered is in Left then.
+// before. What has come until then is answered too, if pc can be read without
+// waiting. It closes pc. What it has not answered is in Left then.
 func (s *Server) ServeUDP(ctx context.Context, pc flow.PacketConn, first ...flow.Datagram) error {
-	stop := context.AfterFunc(ctx, func() { pc.Close() })
+	queue, _ := pc.(interruptible)
+	stop := context.AfterFunc(ctx, func() {
+		if queue == nil || queue.SetReadDeadline(time.Unix(1, 0)) != nil {
+			pc.Close()
+		}
+	})
 	defer stop()
 	var slow sync.WaitGroup
 	defer slow.Wait()
+	defer pc.Close()
 	u := &udpLoop{s: s, pc: pc, slow: &slow, in: make([]flow.Datagram, batch), out: make([]flow.Datagram, 0, batch), bufs: make([][maxHot]byte, batch)}
 	for i := range u.in {
 		u.in[i].Data = make([]byte, 0, 4096)
@@ -194,17 +211,27 @@ func (s *Server) ServeUDP(ctx context.Context, pc flow.PacketConn, first ...flow
 		u.serve(ctx, ds)
 	}
 	for {
-		for i := range u.in {
-			u.in[i].Data = u.in[i].Data[:cap(u.in[i].Data)]
-		}
-		n, err := pc.ReadBatch(u.in)
-		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-				return nil
+		n, err := pc.ReadBatch(u.room())
+		switch {
+		case err == nil:
+			u.serve(ctx, u.in[:n])
+		case errors.Is(err, os.ErrDeadlineExceeded) && queue != nil:
+			for range maxRest {
+				n, err := queue.TryReadBatch(u.room())
+				if n == 0 || err != nil {
+					break
+				}
+				u.serve(ctx, u.in[:n])
+				if n < batch { // that was all: who is answered asks anew
+					break
+				}
 			}
+			return nil
+		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
+			return nil
+		default:
 			return err
 		}
-		u.serve(ctx, u.in[:n])
 	}
 }
 
@@ -219,6 +246,14 @@ type udpLoop struct {
 	bufs [][maxHot]byte
 	hot  [batch]bool // was answered on the fast path
 	name [256]byte
+}
+
+// room is where the next batch goes.
+func (u *udpLoop) room() []flow.Datagram {
+	for i := range u.in {
+		u.in[i].Data = u.in[i].Data[:cap(u.in[i].Data)]
+	}
+	return u.in
 }
 
 // serve answers a batch: what can be answered from the table with one write to

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
 	"github.com/tproxyd/tproxyd/pkg/flow"
+	"golang.org/x/sys/unix"
 )
 
 func TestServe(t *testing.T) {
@@ -245,6 +246,75 @@ func TestServeStream(t *testing.T) {
 	half.Write([]byte{0, 50, 1, 2, 3})
 	half.Close()
 	ask(t, "tcp", addr, new(dns.Msg).SetQuestion("a.syn.", dns.TypeA))
+}
+
+// queued is packets whose queue can be read without waiting.
+type queued struct{ packets }
+
+func (q queued) Control(f func(int) error) error {
+	c, err := q.SyscallConn()
+	if err == nil {
+		c.Control(func(fd uintptr) { err = f(int(fd)) })
+	}
+	return err
+}
+
+func (q queued) TryReadBatch(ds []flow.Datagram) (n int, err error) {
+	err = q.Control(func(fd int) error {
+		for n < len(ds) {
+			d := &ds[n]
+			size, from, err := unix.Recvfrom(fd, d.Data, unix.MSG_DONTWAIT)
+			if err != nil {
+				return nil // no more
+			}
+			sa := from.(*unix.SockaddrInet4)
+			d.Data, d.Src, d.Dst = d.Data[:size], netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)), q.addr()
+			n++
+		}
+		return nil
+	})
+	return n, err
+}
+
+// TestServeTheRest: what has come when it ends is answered, or left for whoever
+// tells the clients.
+func TestServeTheRest(t *testing.T) {
+	s := newServer(t, Options{Dial: func(ctx context.Context, _, _ string) (net.Conn, error) { return nil, context.Cause(ctx) }})
+	pc := queued{listen(t)}
+	client, err := net.Dial("udp", pc.addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	const n = 100 // more than a batch
+	for i := range n {
+		b, _ := new(dns.Msg).SetQuestion(fmt.Sprintf("h%d.syn.", i), dns.TypeA).Pack()
+		if i%4 == 3 { // what a resolver would be asked
+			b, _ = new(dns.Msg).SetQuestion("a.real.", dns.TypeA).Pack()
+		}
+		if _, err := client.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.ServeUDP(ctx, pc); err != nil {
+		t.Fatal(err)
+	}
+	answers := 0
+	client.SetReadDeadline(time.Now().Add(time.Second))
+	for ; answers < n; answers++ {
+		if _, err := client.Read(make([]byte, 1500)); err != nil {
+			break
+		}
+	}
+	left, _ := s.Left()
+	if answers != n*3/4 || len(left) != n/4 {
+		t.Errorf("%d answers and %d left, want %d and %d", answers, len(left), n*3/4, n/4)
+	}
+	if _, err := pc.ReadBatch(make([]flow.Datagram, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the socket is open: %v", err)
+	}
 }
 
 // TestServeTooMany: who asks when too many questions are under way hears so at

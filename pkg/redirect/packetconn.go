@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"time"
 	"unsafe"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -99,6 +100,20 @@ func rawSocket(protocol int, v6 bool, m Marks) (*socket, error) {
 // Close implements flow.PacketConn.
 func (c *packetConn) Close() error {
 	return errors.Join(c.recv.close(), c.send.close(), c.long.close())
+}
+
+// SetReadDeadline ends a ReadBatch that waits at a time, with an error that is
+// os.ErrDeadlineExceeded.
+func (c *packetConn) SetReadDeadline(t time.Time) error {
+	if _, err := c.recv.polled(); err != nil {
+		return err
+	}
+	c.recv.mu.Lock()
+	defer c.recv.mu.Unlock()
+	if c.recv.fd < 0 {
+		return net.ErrClosed
+	}
+	return c.recv.waiter.SetReadDeadline(t)
 }
 
 // Control implements flow.PacketSource.

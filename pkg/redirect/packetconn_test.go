@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
@@ -88,7 +89,7 @@ func TestTryReadBatch(t *testing.T) { // alone: allocations are counted
 	w.leaked()
 }
 
-// Close ends a wait.
+// Close ends a wait, and so does a deadline, after which what is there can be read.
 func TestCloseEndsRead(t *testing.T) {
 	t.Parallel()
 	n := newNetns(t)
@@ -113,8 +114,27 @@ func TestCloseEndsRead(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
+	if err := s.SetReadDeadline(time.Unix(1, 0)); err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("ReadBatch after its time: %v", err)
+	}
+	if n, err := s.TryReadBatch([]flow.Datagram{{Data: make([]byte, 1)}}); n != 0 || err != nil {
+		t.Errorf("TryReadBatch of nothing: %d, %v", n, err)
+	}
+	if err := s.SetReadDeadline(time.Time{}); err != nil {
+		t.Error(err)
+	}
+	go func() {
+		_, err := s.ReadBatch([]flow.Datagram{{Data: make([]byte, 1)}})
+		ended <- err
+	}()
 	u.Close()
 	if err := <-ended; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("ReadBatch: %v", err)
+	}
+	if err := s.SetReadDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("SetReadDeadline of what is closed: %v", err)
 	}
 }
