@@ -139,6 +139,9 @@ func openPool(o *Options) (*pool, error) {
 	if err != nil {
 		return nil, err
 	}
+	if p.s != nil && p.s.bad != nil {
+		p.log.Warn("the file of names was put aside, and names get new addresses", "err", p.s.bad)
+	}
 	good := p.t.load(content)
 	if good < len(content) {
 		p.log.Warn("dropped the damaged end of the file of names", "bytes", len(content)-good)

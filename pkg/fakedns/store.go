@@ -138,6 +138,7 @@ type store struct {
 	dir  *os.File // locked as long as the store is open
 	file *os.File // nil: broken, see err
 	err  error    // why nothing is written
+	bad  error    // why what stood in the file was put aside; nil: it was not
 	size int      // of the file
 	live int      // its size when it was last written anew
 }
@@ -159,12 +160,16 @@ func openStore(dir string) (s *store, content []byte, err error) {
 	}
 	path := filepath.Join(dir, logName)
 	b, err := os.ReadFile(path)
+	if err == nil && len(b) == 0 { // a crash left it so
+		return s, nil, nil
+	}
 	if err == nil && (len(b) < len(logHeader) || string(b[:len(logHeader)]) != logHeader) {
 		err = errors.New("not a log of names")
 	}
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			os.Rename(path, path+".bad") // if that fails too, renew reports it
+			s.bad = fmt.Errorf("%s: %w", path, err)
 		}
 		return s, nil, nil
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/netip"
 	"os"
@@ -210,6 +211,28 @@ func TestStoreStrangeFiles(t *testing.T) {
 				t.Error(cmp.Diff(got, tt.want))
 			}
 		})
+	}
+}
+
+// What is put aside is said, since addresses that clients still have will mean
+// other names.
+func TestStorePutsAside(t *testing.T) {
+	for content, want := range map[string]bool{"": false, logHeader: false, "something else altogether": true} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, logName)
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var log bytes.Buffer
+		p, err := openPool(&Options{Dir: dir, Pool4: pool4, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.close()
+		_, err = os.Stat(path + ".bad")
+		if said := strings.Contains(log.String(), "was put aside"); said != want || (err == nil) != want {
+			t.Errorf("%q: said %v, put aside %v, want %v:\n%s", content, said, err == nil, want, log.String())
+		}
 	}
 }
 
