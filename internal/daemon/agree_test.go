@@ -111,6 +111,7 @@ func (a *agreement) rules() string {
 		case action != "DIRECT" && proto != " proto=tcp":
 			b.WriteString(a.pick("", "", " udp=deny", " udp=direct"))
 		}
+		b.WriteString(a.pick("", "", " log"))
 		b.WriteString("\n")
 	}
 	return b.String() + a.pick("", "DEFAULT DIRECT\n", "DEFAULT DENY reject=drop\n")
@@ -205,7 +206,9 @@ func TestKernelAgrees(t *testing.T) {
 		}
 		c := config.Default("")
 		c.Intercept.Interfaces, c.Intercept.Local, c.Intercept.DNS = []string{"lan0", "lan1"}, true, false
-		if err := a.kernel.Apply(kernelPlan(&Setup{Config: c, Table: table}, redirect.Ports{})); err != nil {
+		plan := kernelPlan(&Setup{Config: c, Table: table}, redirect.Ports{})
+		plan.DivertDenied = round%4 == 0 // where rules name programs, what is denied of this host comes to us
+		if err := a.kernel.Apply(plan); err != nil {
 			t.Fatalf("%s\n%v", text, err)
 		}
 		for range 60 {
@@ -219,6 +222,9 @@ func TestKernelAgrees(t *testing.T) {
 			case routes.Direct:
 			case routes.Deny:
 				want[0] = 1
+				if plan.DivertDenied && f.InIf == "" {
+					want, action = [2]uint64{1: 1}, routes.Socks5
+				}
 			default:
 				want[1] = 1
 			}
