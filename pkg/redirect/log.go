@@ -103,7 +103,7 @@ func logPrefix(tag string) string {
 // listenTo says which tags are told from now on; those before may still come.
 func (l *logs) listenTo(p, before *Plan, log *slog.Logger) {
 	if l.conn == nil && len(p.Log) > 0 {
-		log.Warn("flows that the kernel decides are not in the log, whatever rules say", "err", l.err)
+		log.Warn(notTold, "err", l.err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -115,6 +115,25 @@ func (l *logs) listenTo(p, before *Plan, log *slog.Logger) {
 			}
 		}
 	}
+}
+
+// notTold says that there is no log, in Redirect's own.
+const notTold = "flows that the kernel decides are not in the log, whatever rules say"
+
+// applyTelling is apply on a kernel that may lack what tells of packets: no plan fails
+// for that.
+func (r *Redirect) applyTelling(p *Plan) error {
+	err := r.apply(p)
+	if err == nil || len(p.Log) == 0 {
+		return err
+	}
+	quiet := *p
+	quiet.Log = nil
+	if r.apply(&quiet) != nil {
+		return err
+	}
+	r.log.Warn(notTold, "err", err)
+	return nil
 }
 
 // tell adds the rules to a chain that tell of the first packet of a flow. What is

@@ -166,7 +166,7 @@ func (r *Redirect) Apply(p Plan) error {
 	}
 	before := r.plan
 	r.logs.listenTo(&p, before, r.log)
-	if err := r.apply(&p); err != nil {
+	if err := r.applyTelling(&p); err != nil {
 		return err
 	}
 	if p.Ports.UDP != 0 || before != nil && before.Ports.UDP != 0 {
