@@ -207,9 +207,9 @@ func (s *Setup) SearchBy(search func(named []string) (map[uint64]string, error))
 func (s *Setup) NamesPrograms() bool { return s.Config.Intercept.Local && len(s.Table.Programs()) > 0 }
 
 // mayFindPrograms tells what is missing for the programs that rules name, if this
-// process has to look for them. In an enclosed namespace they are ours to look at.
+// process has to look for them.
 func (s *Setup) mayFindPrograms() error {
-	if !s.NamesPrograms() || s.enclosure != nil || redirect.MayFindPrograms() {
+	if !s.NamesPrograms() || redirect.MayFindPrograms() {
 		return nil
 	}
 	r := s.Table.Rules()[0] // such rules are the first ones
