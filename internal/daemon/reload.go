@@ -66,19 +66,27 @@ func (d *Daemon) put(next *Setup) error {
 			return err
 		}
 	}
-	d.admitting.Lock()
-	defer d.admitting.Unlock()
 	kernel := kernelPlan(next, d.ports())
 	if err := d.takeNotes(kernel.Who); err != nil {
 		return err
 	}
+	anew := next.decidedBy() != d.setup.decidedBy() // else it all stays, what a daemon before this one let pass too
+	if next.enclosure == nil {
+		if anew {
+			kernel.Readmit = []redirect.Admission{}
+		}
+		d.kernel.Prepare(kernel)
+	}
+	// From here on answers for names that are DIRECT wait.
+	d.admitting.Lock()
+	defer d.admitting.Unlock()
 	if next.enclosure != nil { // the kernel's plan is the same for all rules
 		d.follow(next, plan)
 		d.setup = next
 		d.watcher.Set(next.lists)
 		return nil
 	}
-	if next.decidedBy() != d.setup.decidedBy() { // else it all stays, what a daemon before this one let pass too
+	if anew {
 		inForce, err := d.inForce()
 		if err != nil {
 			return err
@@ -120,6 +128,7 @@ func (d *Daemon) takeNotes(who *redirect.Who) error {
 			return err
 		}
 	}
+	d.kernel.Prepare(p)
 	return d.kernel.Apply(p)
 }
 

@@ -167,6 +167,7 @@ func (r *Redirect) changeCgroups(now cgroups) bool {
 		return false
 	}
 	r.cgroups = now
+	r.epoch++
 	return true
 }
 

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -55,6 +55,8 @@ type Redirect struct {
 	notebook *notebook        // for Who
 	programs *programs        // for Program
 	logs     *logs            // for Logged
+	prepared *prepared        // see Prepare; nil: nothing
+	epoch    uint64           // counts changes of the table
 	tallies  tallies          // what the table in force counts by tags
 	tallied  map[string]Count // what those before it have counted
 
@@ -256,47 +258,17 @@ func (r *Redirect) putTable(p *Plan, ours, exists bool, d dynamic) (err error) {
 // changeTable adds the sets of the plan to the table that is there, and then
 // has the rules change over to them.
 func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
-	var there present
-	var err error
-	if there.chains, err = r.nf.names(unix.NFT_MSG_GETCHAIN); err != nil {
-		return fmt.Errorf("redirect: chains: %w", err)
-	}
-	if there.sets, err = r.nf.names(unix.NFT_MSG_GETSET); err != nil {
-		return fmt.Errorf("redirect: sets: %w", err)
-	}
-	counters, err := r.nf.counters()
-	if err != nil {
-		return fmt.Errorf("redirect: counters: %w", err)
-	}
-	there.counters = slices.Collect(maps.Keys(counters))
-	gen, err := there.generation()
+	there, err := r.presence()
 	if err != nil {
 		return err
 	}
-	live := there.live()
-	if d.flush {
-		live = nextLive(live)
-	}
-	t, err := newTable(p, gen, live, alive, r.cgroups, r.logs.group)
-	if err != nil {
-		return err
-	}
-	sets, err := t.setMessages()
-	if err != nil {
+	var t *table
+	if r.prepared.isFor(p, alive, d.flush, r.cgroups, r.epoch) {
+		t = r.prepared.table
+	} else if t, err = r.load(p, there, r.cgroups, alive, d.flush, func(f func()) error { f(); return nil }); err != nil {
 		return err
 	}
 	rules, err := t.ruleMessages(there, d)
-	if err != nil {
-		return err
-	}
-	for part := range slices.Chunk(sets, atOnce) {
-		if err == nil {
-			err = r.nf.commit(part)
-		}
-	}
-	if err == nil {
-		err = r.verify(t)
-	}
 	var counted map[string]Count
 	if err == nil {
 		if counted, err = r.tally(); errors.Is(err, unix.ENOENT) { // the table is not the one that counted
@@ -307,12 +279,19 @@ func (r *Redirect) changeTable(p *Plan, alive bool, d dynamic) error {
 		err = r.nf.commit(rules)
 	}
 	if err != nil {
-		r.dropUnused(t, there) // if that fails too, the next plan takes them away
+		r.prepared = nil
+		r.dropUnused(t, there)
 		return err
 	}
-	r.live, r.within = t.live, t.named
+	r.inForce(t)
 	r.carryOver(counted, t.tallies)
 	return nil
+}
+
+// inForce notes that a table is in force.
+func (r *Redirect) inForce(t *table) {
+	r.live, r.within, r.prepared = t.live, t.named, nil
+	r.epoch++
 }
 
 // dropUnused removes the sets of a table whose rules could not be put in force.
@@ -321,7 +300,7 @@ func (r *Redirect) dropUnused(t *table, before present) error {
 	if err != nil {
 		return err
 	}
-	msgs, err := t.unset(stale(now, func(n string) bool { return slices.Contains(before.sets, n) }))
+	msgs, err := t.unset(stale(now, func(n string) bool { return slices.Contains(before.sets, n) && !strings.HasSuffix(n, t.gen) }))
 	if err == nil {
 		err = r.nf.commit(msgs)
 	}
@@ -332,6 +311,7 @@ func (r *Redirect) dropUnused(t *table, before present) error {
 // beginning of the new one, at the price that the sets of that are empty for
 // the first moment.
 func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
+	r.prepared = nil // it is in no other table
 	flags := uint32(0)
 	if r.can.own {
 		flags = flagOwner | flagPersist
@@ -366,7 +346,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 	if err != nil {
 		return err
 	}
-	r.live, r.within = t.live, t.named
+	r.inForce(t)
 	r.carryOver(r.tallied, t.tallies)
 	return r.verify(t)
 }
