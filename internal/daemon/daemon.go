@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -234,6 +235,11 @@ func (d *Daemon) listen(e *estate, log *slog.Logger) (err error) {
 			return err
 		}
 	}
+	for _, name := range d.setup.Config.Intercept.Interfaces {
+		if _, err := net.InterfaceByName(name); err != nil {
+			d.log.Warn("there is no such interface: its flows are taken once it is there", "interface", name)
+		}
+	}
 	pools := d.setup.Config.DNS
 	for _, h := range append(redirect.Hindrances(d.mark), redirect.SyntheticHindrances(pools.Pool4, pools.Pool6)...) {
 		d.log.Warn(h.What+": "+h.Why, "mend", h.Mend)
@@ -339,6 +345,10 @@ func (d *Daemon) take(ctx context.Context, g *errgroup.Group) *part {
 		return d.kernel.Heal(ctx, func(what string) {
 			if what == "cgroup" {
 				d.log.Info("cgroups that rules name have come or gone, and the table follows")
+				return
+			}
+			if name, ok := strings.CutPrefix(what, "link "); ok {
+				d.log.Info("interface is up", "interface", name)
 				return
 			}
 			d.log.Warn("put right what somebody else changed", "what", what)

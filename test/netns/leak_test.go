@@ -314,6 +314,22 @@ func TestNoLeakTampered(t *testing.T) {
 	}
 }
 
+// TestInterfaceComesLater: a daemon that is there before its interface says so,
+// and serves it when it comes.
+func TestInterfaceComesLater(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	w.gateway.ip(t, "link del lan0")
+	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	if out := d.output(); !strings.Contains(out, `"there is no such interface: its flows are taken once it is there" interface=lan0`) {
+		t.Errorf("nothing is said of it:\n%s", out)
+	}
+	w.plugLAN(t)
+	eventually(t, 5*time.Second, "the interface is served", func() bool { return w.get(netip.MustParseAddr(outsideAt)) == nil })
+	eventually(t, 5*time.Second, "its coming is told", func() bool { return strings.Contains(d.output(), `"interface is up" interface=lan0`) })
+}
+
 // dropRules deletes every routing rule that is not the kernel's own.
 func (h *host) dropRules(t testing.TB) {
 	t.Helper()
