@@ -28,13 +28,15 @@ func TestRights(t *testing.T) {
 	t.Run("close", func(t *testing.T) {
 		// Close has no log: that its classifier was refused shows only where it
 		// is missing.
-		c := withRights(t, "tproxyd-closed.service", conf, "tc filter show dev lan0 ingress")
+		c := withRights(t, "tproxyd-closed.service", conf, "tc filter show dev lan0 ingress", false)
 		if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "bpf") {
 			t.Errorf("%v: %v, and the classifier on lan0 is %q", c.Args, err, out)
 		}
 	})
-	t.Run("serve", func(t *testing.T) {
-		c := withRights(t, "tproxyd.service", conf, "")
+	// serves runs the unit until it is ready, and returns what it complains of.
+	serves := func(t *testing.T, offered bool) (ready bool, complaint string) {
+		t.Helper()
+		c := withRights(t, "tproxyd.service", conf, "", offered)
 		var stderr bytes.Buffer
 		c.Stderr = &stderr
 		stdout, err := c.StdoutPipe()
@@ -47,36 +49,52 @@ func TestRights(t *testing.T) {
 		timer := time.AfterFunc(20*time.Second, func() { c.Process.Kill() })
 		defer timer.Stop()
 		line, _ := bufio.NewReader(stdout).ReadString('\n')
-		if !strings.Contains(line, "ready") {
-			t.Errorf("%v did not become ready: %q", c.Args, line)
-		}
+		ready = strings.Contains(line, "ready")
 		c.Process.Signal(syscall.SIGTERM)
-		if err := c.Wait(); err != nil {
+		if err := c.Wait(); err != nil && ready {
 			t.Errorf("at SIGTERM: %v", err)
 		}
-		if strings.Contains(stderr.String(), "not permitted") {
-			t.Errorf("it complains:\n%s", stderr.String())
+		return ready, stderr.String()
+	}
+	t.Run("serve", func(t *testing.T) {
+		if ready, complaint := serves(t, false); !ready || strings.Contains(complaint, "not permitted") {
+			t.Errorf("ready: %v\n%s", ready, complaint)
+		}
+	})
+	t.Run("serve, with a program", func(t *testing.T) {
+		write(t, filepath.Join(dir, "socks.cnf"), "EXCLUDE-MODULE ssh\nSOCKD5 @=192.0.2.1 *\n", 0o644)
+		if ready, complaint := serves(t, false); ready || !strings.Contains(complaint, "takes CAP_SYS_PTRACE") {
+			t.Errorf("without the right that it takes, ready: %v\n%s", ready, complaint)
+		}
+		if ready, complaint := serves(t, true); !ready || strings.Contains(complaint, "not permitted") {
+			t.Errorf("with what the unit has in a comment, ready: %v\n%s", ready, complaint)
 		}
 	})
 }
 
 // withRights is the ExecStart of a unit with no more capabilities than it has,
 // in a network namespace. Then is a command of the shell to follow it; empty:
-// none, and signals reach the program.
-func withRights(t *testing.T, unit, conf, then string) *exec.Cmd {
+// none, and signals reach the program. Offered adds those of its comments.
+func withRights(t *testing.T, unit, conf, then string, offered bool) *exec.Cmd {
 	t.Helper()
 	if program == "" {
 		t.Fatal("cmd/tproxyd does not build")
 	}
 	text := read(t, "deploy/"+unit)
 	start := regexp.MustCompile(`(?m)^ExecStart=/usr/sbin/tproxyd (\w+) -c \S+$`).FindStringSubmatch(text)
-	rights := regexp.MustCompile(`(?m)^CapabilityBoundingSet=(.+)$`).FindStringSubmatch(text)
+	line := `(?m)^CapabilityBoundingSet=(.+)$`
+	if offered {
+		line = `(?m)^#?CapabilityBoundingSet=(.+)$`
+	}
+	rights := regexp.MustCompile(line).FindAllStringSubmatch(text, -1)
 	if start == nil || rights == nil {
 		t.Fatalf("deploy/%s: no ExecStart or no CapabilityBoundingSet", unit)
 	}
 	set := "-all"
-	for _, r := range strings.Fields(rights[1]) {
-		set += ",+" + strings.ToLower(strings.TrimPrefix(r, "CAP_"))
+	for _, r := range rights {
+		for _, r := range strings.Fields(r[1]) {
+			set += ",+" + strings.ToLower(strings.TrimPrefix(r, "CAP_"))
+		}
 	}
 	group := ""
 	if m := regexp.MustCompile(`(?m)^Group=(.+)$`).FindStringSubmatch(text); m != nil {
