@@ -68,7 +68,7 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 	rules, stopped := make(chan string, 1), make(chan struct{}, 1)
 	asked := make(chan *question)
 	over, ended := make(chan struct{}), make(chan struct{})
-	go func() { // ends with the connection, and not before over if it asks
+	go func() { // ends with the connection; over ends what it waits for
 		defer close(ended)
 		for {
 			var r ruling
@@ -114,6 +114,12 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 		say(report{Counts: &n})
 	}
 	defer tell() // what it ends with
+	moved := func() uint64 {
+		up, down := d.before.bytes()
+		t, u := d.gateway.Stats(), d.packets.Stats()
+		return up + down + t.Up + t.Down + u.Up + u.Down
+	}
+	last := uint64(0)
 	count := time.NewTicker(countStep)
 	defer count.Stop()
 	told, cut := "", ""
@@ -139,7 +145,10 @@ func (d *Daemon) drain(ctx context.Context, c *call) error {
 		case sum := <-rules:
 			d.obey(sum)
 		case <-count.C:
-			tell()
+			if now := moved(); now != last {
+				last = now
+				tell()
+			}
 		case q := <-asked:
 			say(report{Answer: d.answer(q)})
 		case <-tick.C:
