@@ -91,7 +91,7 @@ type Options struct {
 	Rules   func() []Rule
 	Servers func() []Server
 	Lists   func() []List
-	Totals  func() (up, down uint64) // bytes since the start, with what the kernel let pass of clients
+	Totals  func() (up, down uint64) // bytes since the start, with what the kernel let pass by itself
 	Pin     func(list, server string) error
 	// Delay returns how long a server needs to fetch the head of what a URL names.
 	Delay    func(ctx context.Context, server, url string) (time.Duration, error)

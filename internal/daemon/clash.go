@@ -60,35 +60,37 @@ func (d *Daemon) clashSecrets() clash.Secrets {
 }
 
 // totals are the bytes of TCP and UDP that were carried since the start, also by
-// processes that were taken over, and those that the kernel let pass of clients. Of
-// what it lets pass to them there is no count.
+// processes that were taken over, and those that the kernel let pass by itself.
 func (d *Daemon) totals() (up, down uint64) {
 	t, u := d.gateway.Stats(), d.packets.Stats()
 	up, down = d.before.bytes()
-	return up + t.Up + u.Up + d.direct.read(d.kernel), down + t.Down + u.Down
+	k := d.direct.read(d.kernel)
+	return up + t.Up + u.Up + k[0], down + t.Down + u.Down + k[1]
 }
 
-// directBytes is how many bytes the kernel let pass, which does not shrink when somebody
-// else has removed the table and it is put back.
+// directBytes is how many bytes of clients, and to them, the kernel let pass. They do
+// not shrink when somebody else has removed the table and it is put back.
 type directBytes struct {
 	mu         sync.Mutex
-	sum, table uint64 // of tables that are gone; of the one that is there
+	sum, table [2]uint64 // of tables that are gone; of the one that is there
 }
 
-func (b *directBytes) read(k *redirect.Redirect) uint64 {
+func (b *directBytes) read(k *redirect.Redirect) [2]uint64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if c, err := k.Counters(); err == nil { // else it is what it was, and status says so
-		b.saw(c.Direct.Bytes)
+		b.saw([2]uint64{c.Direct.Bytes, c.Answers.Bytes})
 	}
-	return b.sum + b.table
+	return [2]uint64{b.sum[0] + b.table[0], b.sum[1] + b.table[1]}
 }
 
-func (b *directBytes) saw(bytes uint64) {
-	if bytes < b.table {
-		b.sum += b.table
+func (b *directBytes) saw(bytes [2]uint64) {
+	for i, n := range bytes {
+		if n < b.table[i] {
+			b.sum[i] += b.table[i]
+		}
+		b.table[i] = n
 	}
-	b.table = bytes
 }
 
 // clashRules is kept for a moment, and longer where there are very many rules,

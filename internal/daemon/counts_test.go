@@ -106,8 +106,11 @@ func TestCountsSome(t *testing.T) {
 func TestDirectBytes(t *testing.T) {
 	var b directBytes
 	for _, step := range [][2]uint64{{5, 5}, {9, 9}, {9, 9}, {2, 11}, {3, 12}, {0, 12}, {1, 13}} {
-		if b.saw(step[0]); b.sum+b.table != step[1] {
-			t.Errorf("with %d of the table the sum is %d, want %d", step[0], b.sum+b.table, step[1])
+		b.saw([2]uint64{step[0], 2 * step[0]})
+		for i, want := range []uint64{step[1], 2 * step[1]} {
+			if got := b.sum[i] + b.table[i]; got != want {
+				t.Errorf("with %d of the table the sum is %d, want %d", step[0], got, want)
+			}
 		}
 	}
 }

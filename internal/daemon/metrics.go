@@ -140,7 +140,7 @@ func (c scrape) status(s Status) {
 
 	k := s.Kernel
 	for verdict, c := range map[string]redirect.Count{
-		"diverted": k.Diverted, "datagrams": k.Datagrams, "dns": k.DNS, "direct": k.Direct, "denied": k.Denied, "refused": k.Refused, "guard": k.Guard,
+		"diverted": k.Diverted, "datagrams": k.Datagrams, "dns": k.DNS, "direct": k.Direct, "answers": k.Answers, "denied": k.Denied, "refused": k.Refused, "guard": k.Guard,
 	} {
 		counter("kernel_packets", "Packets by what the table did with them; guard: a rule of routing was missing.", c.Packets, "verdict", verdict)
 	}

@@ -23,13 +23,14 @@ const (
 	countDatagrams = "datagrams"
 	countDNS       = "dns"
 	countDirect    = "direct"
+	countAnswers   = "answers"
 	countDenied    = "denied"
 	countRefused   = "refused"
 	countGuard     = "guard"
 )
 
 func counterNames() []string {
-	return []string{countDiverted, countDatagrams, countDNS, countDirect, countDenied, countRefused, countGuard}
+	return []string{countDiverted, countDatagrams, countDNS, countDirect, countAnswers, countDenied, countRefused, countGuard}
 }
 
 // chain is a base chain if it has a type.

@@ -100,9 +100,11 @@ func (t *table) ways(p *Plan) {
 	}
 	if len(p.Interfaces) > 0 {
 		// A packet has one value, so these have none of those below.
-		for _, v := range []uint32{0, m.Direct()} {
-			post.add(mark(m, v), accept())
+		post.add(mark(m, m.Direct()), accept())
+		for _, i := range p.Interfaces {
+			post.add(mark(m, 0), oif(i), count(countAnswers), accept())
 		}
+		post.add(mark(m, 0), accept())
 	}
 	post.add(mark(m, m.Lan()), oifNot("lo"), count(countGuard), drop())
 	post.add(mark(m, m.Local()), oifNot("lo"), count(countGuard), drop())

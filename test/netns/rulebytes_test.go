@@ -111,4 +111,26 @@ table inet left {
 		t.Logf("dashboards: %.0f in all, %.0f in the kernel", total, shown)
 		return shown == kernel && math.Abs(total-left) < 0.01*left
 	})
+
+	// What they are answered by way of the kernel is in the total, and only once.
+	const answer = 8 << 20
+	w.inside.answerTCP(t, "["+insideAt6+"]:11", func(c *net.TCPConn) { io.CopyN(c, zeros{}, answer) })
+	download := func() float64 {
+		_, told := d.clash(t, readerSecret, "GET", "/connections", "")
+		return told["downloadTotal"].(float64)
+	}
+	before := download()
+	c, err := w.client.dial("tcp", "["+insideAt6+"]:11", 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(30 * time.Second))
+	if n, err := io.Copy(io.Discard, c); n != answer || err != nil {
+		t.Fatalf("%d bytes, %v", n, err)
+	}
+	eventually(t, 5*time.Second, "a dashboard adds up what clients are sent", func() bool { return download()-before >= answer })
+	if n := download() - before; n > 1.1*answer {
+		t.Errorf("of %d bytes %.0f are told", answer, n)
+	}
 }
