@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/tproxyd/tproxyd/internal/config"
 	"github.com/tproxyd/tproxyd/internal/control"
+	"github.com/tproxyd/tproxyd/pkg/routes"
 )
 
 // controlFlags gives a command -c and --socket and returns what finds the
@@ -64,6 +65,10 @@ in a unit of systemd is upgraded so by "systemctl reload".`,
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		client, err := daemon()
 		if err != nil {
+			var diags routes.Diagnostics
+			if asJSON && errors.As(err, &diags) {
+				json.NewEncoder(e.stdout).Encode(reloaded{"refused", strings.Split(diags.Error(), "\n")})
+			}
 			return err
 		}
 		ctx, cancel := context.WithTimeout(c.Context(), reloadLimit)

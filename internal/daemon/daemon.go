@@ -235,16 +235,21 @@ func (d *Daemon) listen(e *estate, log *slog.Logger) (err error) {
 			return err
 		}
 	}
-	for _, name := range d.setup.Config.Intercept.Interfaces {
-		if _, err := net.InterfaceByName(name); err != nil {
-			d.log.Warn("there is no such interface: its flows are taken once it is there", "interface", name)
-		}
-	}
+	d.missInterfaces()
 	pools := d.setup.Config.DNS
 	for _, h := range append(redirect.Hindrances(d.mark), redirect.SyntheticHindrances(pools.Pool4, pools.Pool6)...) {
 		d.log.Warn(h.What+": "+h.Why, "mend", h.Mend)
 	}
 	return nil
+}
+
+// missInterfaces says in the log which named interfaces are not there.
+func (d *Daemon) missInterfaces() {
+	for _, name := range d.setup.Config.Intercept.Interfaces {
+		if _, err := net.InterfaceByName(name); err != nil {
+			d.log.Warn("there is no such interface: its flows are taken once it is there", "interface", name)
+		}
+	}
 }
 
 // noteDecided says in the log if it could not be done: nothing is worse for it

@@ -37,6 +37,7 @@ func (d *Daemon) Reload() error {
 		return err
 	}
 	d.reloads.Done++
+	d.missInterfaces()
 	d.log.Info("reloaded", "rules", len(d.setup.Table.Rules()), "servers", len(d.setup.Table.Servers()))
 	return nil
 }
