@@ -244,6 +244,9 @@ func (p *Pool) probeBind(ctx context.Context, s *Server, proto Protocol) Ability
 		}
 		return ended(err)
 	})
+	if err == nil && (!bound.IsValid() || bound.Port() == 0) {
+		err = errors.New("it does not say at which address it listens")
+	}
 	a := ability("bind", err, "listens at "+bound.String())
 	a.Has, a.Unclear = err == nil, false
 	return a

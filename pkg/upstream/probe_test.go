@@ -65,6 +65,25 @@ func TestProbeAuth(t *testing.T) {
 	}
 }
 
+// TestProbeBind: who listens says where.
+func TestProbeBind(t *testing.T) {
+	for reply, want := range map[string]string{
+		"\x05\x00\x00\x01\x0a\x00\x00\x07\x1f\x90": "true listens at 10.0.0.7:8080",
+		"\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00": "false it does not say at which address it listens",
+		"\x05\x00\x00\x03\x01a\x1f\x90":            "false it does not say at which address it listens",
+		"\x05\x07\x00\x01\x00\x00\x00\x00\x00\x00": "false command not supported",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := server("s", 1)
+			l := &lab{hosts: map[string]behaviour{s.Addr.String(): says(chosen5, reply)}}
+			a := l.pool(t, Options{}).probeBind(t.Context(), s, Socks5)
+			if got := fmt.Sprint(a.Has, " ", a.Answer); got != want {
+				t.Errorf("%q: %s, want %s", reply, got, want)
+			}
+		})
+	}
+}
+
 // TestLacksIPv6: who does not know IPv6 addresses is asked for one after the others
 // for a while, and for names and IPv4 as before.
 func TestLacksIPv6(t *testing.T) {
