@@ -15,10 +15,10 @@ import (
 
 // Bounds of the files of a LIST.
 const (
-	maxMembers  = 1 << 24 // names and networks of all files together
-	maxText     = 1 << 31 // bytes of the names; a nameRef could name twice as much
-	maxMistakes = 100     // of one file that are reported one by one
-	listLine    = 28      // bytes of a line, for a guess how many there are
+	maxMembers  = 1 << 24   // names and networks of all files together
+	maxText     = 1<<31 - 1 // bytes of the names: an int of 32 bits holds it, and a nameRef could name twice as much
+	maxMistakes = 100       // of one file that are reported one by one
+	listLine    = 28        // bytes of a line, for a guess how many there are
 )
 
 // listFile reads members from a file, in any mix of the forms that lists come
