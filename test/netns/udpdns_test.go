@@ -4,7 +4,6 @@ import (
 	"net"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/miekg/dns"
 )
@@ -77,7 +76,7 @@ func TestUDPDNS(t *testing.T) {
 				if test.network == "udp" {
 					echoed(t, c, 1200)
 				} else {
-					refusedAtOnce(t, test.name, c, time.Second)
+					refusedAtOnce(t, test.name, c)
 				}
 			}
 			if n, who := w.leaked(t); n != 0 {

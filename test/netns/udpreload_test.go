@@ -86,7 +86,7 @@ func TestUDPReload(t *testing.T) {
 				}
 				what := fmt.Sprintf("step %d, %s, now %s", step, s.what, verdict)
 				if verdict == "DENY" {
-					refusedAtOnce(t, what, s.conn, 200*time.Millisecond)
+					refusedAtOnce(t, what, s.conn)
 					continue
 				}
 				for range 2 { // the next datagram, and the one after it
