@@ -54,7 +54,7 @@ const (
 func (s *Status) trouble(now time.Time) (list []string) {
 	say := func(format string, args ...any) { list = append(list, fmt.Sprintf(format, args...)) }
 	if r := s.Relay; r.LastRefused.After(now.Add(-troubleFor)) {
-		say("connections are reset for want of descriptors: %d so far, the last %v ago; raise LimitNOFILE= of the unit", r.Refused, now.Sub(r.LastRefused).Round(time.Second))
+		say("connections are reset, or not made, for want of descriptors: %d so far, the last %v ago; raise LimitNOFILE= of the unit", r.Refused, now.Sub(r.LastRefused).Round(time.Second))
 	}
 	if e := s.DNS.Pool.StoreError; e != "" {
 		say("synthetic addresses are not kept on disk, and the newest will not outlive a restart: %s", e)

@@ -119,7 +119,7 @@ func (c scrape) status(s Status) {
 
 	gauge("relay_sockets", "Sockets of flows.", float64(s.Relay.Conns))
 	gauge("relay_pipes", "Pipes that exist.", float64(s.Relay.Pipes))
-	counter("relay_refused", "Connections reset for want of descriptors.", s.Relay.Refused)
+	counter("relay_refused", "Connections reset, or not made, for want of descriptors.", s.Relay.Refused)
 	counter("relay_shortages", "Chunks that were copied for want of a pipe.", s.Relay.Shortages)
 
 	udp := s.UDP

@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -31,6 +32,9 @@ type DialOptions struct {
 func (e *Engine) Dial(ctx context.Context, o DialOptions, to netip.AddrPort) (*Conn, error) {
 	c, err := e.dial(ctx, o, to)
 	if err != nil {
+		if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+			e.refuse()
+		}
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: tcpAddr(to), Err: err}
 	}
 	return c, nil

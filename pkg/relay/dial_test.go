@@ -65,6 +65,9 @@ func TestDialErrors(t *testing.T) {
 			if n := e.Stats().Conns; n != before {
 				t.Errorf("%d sockets left", n-before)
 			}
+			if n := e.Stats().Refused; (n == 1) != (tt.want == syscall.EMFILE) {
+				t.Errorf("%d counted as refused", n)
+			}
 		})
 	}
 }

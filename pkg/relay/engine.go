@@ -43,7 +43,7 @@ type Stats struct {
 	Pipes     int    // pipes that exist
 	PipesLent int    // pipes that bytes are in
 	Accepted  uint64 // connections accepted and given to a handler
-	Refused   uint64 // connections reset right after accept: MaxConns or the descriptor limit was reached
+	Refused   uint64 // connections reset right after accept, or not dialled: MaxConns or the descriptor limit was reached
 	Shortages uint64 // times that a chunk was copied as there was no pipe
 	MaxConns  int    // sockets that may exist, see Options.MaxConns
 	MaxPipes  int    // likewise, pipes
