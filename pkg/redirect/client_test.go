@@ -15,10 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// testCgroup makes a cgroup for a test, with its name below the root, and returns
-// its path.
-func testCgroup(t *testing.T, name string) string {
+// testCgroup makes a cgroup for a test below another, or below the root with a name
+// that no other process takes, and returns its path.
+func testCgroup(t *testing.T, parent, name string) string {
 	t.Helper()
+	if parent == "" {
+		name = fmt.Sprintf("tproxyd-test-%s-%d", name, os.Getpid())
+	}
+	name = parent + "/" + name
 	mount, err := cgroupMount()
 	if err != nil {
 		t.Fatal(err)
@@ -32,7 +36,7 @@ func testCgroup(t *testing.T, name string) string {
 			t.Error(err)
 		}
 	})
-	return "/" + name
+	return name
 }
 
 // mac returns the link-layer address of an interface.
@@ -82,8 +86,8 @@ func TestClientConditions(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	hw := w.client.mac("eth0")
-	outer := testCgroup(t, "tproxyd-test-outer")
-	inner := testCgroup(t, "tproxyd-test-outer/web.service")
+	outer := testCgroup(t, "", "outer")
+	inner := testCgroup(t, outer, "web.service")
 	all := ranges("0.0.0.0/0", "::/0")
 	p := worldPlan()
 	p.Local = true
@@ -147,8 +151,8 @@ func TestWho(t *testing.T) {
 	hw := w.client.mac("eth0")
 	w.gateway.run("nft add table inet other", "nft 'add chain inet other pre { type filter hook prerouting priority raw; }'",
 		"nft add rule inet other pre iifname lan0 meta mark set 0x0120")
-	outer := testCgroup(t, "tproxyd-test-who")
-	inner := testCgroup(t, "tproxyd-test-who/inner")
+	outer := testCgroup(t, "", "who")
+	inner := testCgroup(t, outer, "inner")
 	p := worldPlan()
 	p.Local = true
 	p.Who = &Who{Cgroups: []string{outer, "/"}}

@@ -18,7 +18,8 @@ import (
 func TestCgroupsFollowed(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	parent := testCgroup(t, fmt.Sprintf("tproxyd-test-follow-%d", os.Getpid()))
+	parent := testCgroup(t, "", "follow")
+	late := fmt.Sprintf("late-%d.service", os.Getpid())
 	mount, err := cgroupMount()
 	if err != nil {
 		t.Fatal(err)
@@ -26,10 +27,10 @@ func TestCgroupsFollowed(t *testing.T) {
 	p := worldPlan()
 	p.Local = true
 	p.Blocks = []Block{
-		{Client: Client{Cgroups: []string{"late.service"}}, Networks: TCP, Ports: []PortRange{{80, 80}}, Deny: ranges("0.0.0.0/0")},
+		{Client: Client{Cgroups: []string{late}}, Networks: TCP, Ports: []PortRange{{80, 80}}, Deny: ranges("0.0.0.0/0")},
 		{Proxy: ranges("0.0.0.0/0", "::/0")},
 	}
-	p.Who = &Who{Cgroups: []string{"late.service"}}
+	p.Who = &Who{Cgroups: []string{late}}
 	w.start(p)
 	changed := w.heal()
 	denied := func(what string, cgroups ...string) {
@@ -47,7 +48,7 @@ func TestCgroupsFollowed(t *testing.T) {
 		}
 	}
 	tables := func() string { return w.gateway.run("nft list table inet tproxyd | grep 'set '") }
-	one, two := parent+"/late.service", parent+"/two/late.service"
+	one, two := parent+"/"+late, parent+"/two/"+late
 	do := func(err error) {
 		t.Helper()
 		if err != nil {
