@@ -194,22 +194,23 @@ func TestWho(t *testing.T) {
 	// The innermost of those that are named.
 	mount, _ := cgroupMount()
 	for _, path := range []string{outer, inner} {
-		out := w.gateway.run("sh -c 'echo $$ >" + mount + path + "/cgroup.procs; exec bash -c \"exec 3<>/dev/tcp/203.0.113.6/80; ss -Htn dst 203.0.113.6:80\"'")
+		out := w.gateway.run("sh -c 'echo $$ >" + mount + path + "/cgroup.procs; exec bash -c \"exec 3<>/dev/tcp/203.0.113.6/80; ss -Htn state established dst 203.0.113.6:80\"'")
 		fields := strings.Fields(out)
-		if len(fields) < 5 {
+		if len(fields) < 4 {
 			t.Fatal(out)
 		}
-		src, dst := net.TCPAddrFromAddrPort(netip.MustParseAddrPort(fields[3])), net.TCPAddrFromAddrPort(netip.MustParseAddrPort(fields[4]))
+		src, dst := net.TCPAddrFromAddrPort(netip.MustParseAddrPort(fields[2])), net.TCPAddrFromAddrPort(netip.MustParseAddrPort(fields[3]))
 		if got := who("tcp", src, dst, "").Owner; got.Cgroup != outer || got.UID != 0 {
 			t.Errorf("in %s: %+v", path, got)
 		}
 	}
 	// Who has the same addresses and ports after another is not taken for it.
 	for _, uid := range []int{1000, 1001} {
-		c, err := w.gateway.dialAs(uid, uid, "tcp4", "203.0.113.6:80", &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 4711})
-		if err != nil {
-			t.Fatal(err)
-		}
+		var c net.Conn
+		eventually(t, "the port is free", func() (err error) {
+			c, err = w.gateway.dialAs(uid, uid, "tcp4", "203.0.113.6:80", &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 4711})
+			return err
+		})
 		if got := who("tcp", c.LocalAddr(), c.RemoteAddr(), "").Owner.UID; got != uint32(uid) {
 			t.Errorf("%d has the port of another: %d", uid, got)
 		}

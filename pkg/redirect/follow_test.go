@@ -39,9 +39,9 @@ func TestCgroupsFollowed(t *testing.T) {
 			if got := w.gateway.inCgroup(c, "203.0.113.6", "80"); got != "ECONNREFUSED" {
 				t.Errorf("%s: from %s: %s", what, c, got)
 			}
-			got := w.gateway.run("sh -c 'echo $$ >" + mount + c + "/cgroup.procs; exec bash -c \"exec 3<>/dev/tcp/203.0.113.6/81; ss -Htn dst 203.0.113.6:81\"'")
+			got := w.gateway.run("sh -c 'echo $$ >" + mount + c + "/cgroup.procs; exec bash -c \"exec 3<>/dev/tcp/203.0.113.6/81; ss -Htn state established dst 203.0.113.6:81\"'")
 			words := strings.Fields(got)
-			f := flow.Flow{Src: netip.MustParseAddrPort(words[3]), Dst: netip.MustParseAddrPort(words[4])}
+			f := flow.Flow{Src: netip.MustParseAddrPort(words[2]), Dst: netip.MustParseAddrPort(words[3])}
 			if err := w.r.Who(&f); err != nil || f.Owner.Cgroup != c {
 				t.Errorf("%s: a flow from %s is noted as from %q, %v", what, c, f.Owner.Cgroup, err)
 			}

@@ -127,3 +127,17 @@ func (n *netns) open(o Options) *Redirect {
 }
 
 func mustAddr(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+// eventually waits for what a closed descriptor sets free: processes that tests
+// start have it, too, until they execute something.
+func eventually(t testing.TB, what string, f func() error) {
+	t.Helper()
+	err := f()
+	for i := 0; err != nil && i < 500; i++ {
+		time.Sleep(10 * time.Millisecond)
+		err = f()
+	}
+	if err != nil {
+		t.Fatalf("%s: it is not so: %v", what, err)
+	}
+}

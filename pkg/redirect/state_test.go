@@ -176,6 +176,7 @@ var aliveOnly = regexp.MustCompile(`(?m)^.*0x0000c000.*\n`)
 // of the names.
 func sameNames(s string) string {
 	s = regexp.MustCompile(`_[abc]\b`).ReplaceAllString(s, "_x")
+	s = regexp.MustCompile(`\bgroup \d+`).ReplaceAllString(s, "group") // the first that is free
 	sets := oneSet.FindAllString(s, -1)
 	slices.Sort(sets)
 	return oneSet.ReplaceAllStringFunc(s, func(string) (set string) {
