@@ -278,11 +278,19 @@ func (w *world) apply(p Plan) {
 }
 
 // wait is how long an answer may take.
-const wait = 2 * time.Second
+const wait = 4 * time.Second
 
 // ask connects from a namespace and returns the first line that comes, or the
-// error by its name. It also says if that took long.
-func ask(n *netns, network, addr string) string { return askFor(n, network, addr, wait) }
+// error by its name. It also says if that took long, each time: once it may be for
+// a machine that is busy.
+func ask(n *netns, network, addr string) (got string) {
+	for range 3 {
+		if got = askFor(n, network, addr, wait); !strings.Contains(got, " (after ") {
+			break
+		}
+	}
+	return got
+}
 
 func askFor(n *netns, network, addr string, wait time.Duration) string {
 	var got string
