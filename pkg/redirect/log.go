@@ -124,8 +124,8 @@ const notTold = "flows that the kernel decides are not in the log, whatever rule
 // for that.
 func (r *Redirect) applyTelling(p *Plan) error {
 	err := r.apply(p)
-	if err == nil || len(p.Log) == 0 {
-		return err
+	if len(p.Log) == 0 || !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) {
+		return err // also EPERM, while a table has another owner: that is no lack
 	}
 	quiet := *p
 	quiet.Log = nil
