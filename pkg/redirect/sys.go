@@ -71,9 +71,16 @@ func sendto(fd int, b []byte, to *unix.RawSockaddrInet6, size int) error {
 	return nil
 }
 
+// bpfTries is how often bpf asks: the kernel gives up (EAGAIN) what a signal
+// interrupts, and Go's runtime sends itself some where much is going on.
+const bpfTries = 100
+
 // bpf is bpf(2). Alive is what the attributes point to.
 func bpf(cmd int, attr unsafe.Pointer, size uintptr, alive ...[]byte) (int, error) {
 	fd, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
+	for i := 1; errno == unix.EAGAIN && i < bpfTries; i++ {
+		fd, _, errno = unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
+	}
 	runtime.KeepAlive(alive)
 	if errno != 0 {
 		return -1, errno
