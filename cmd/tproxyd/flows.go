@@ -64,9 +64,9 @@ func flowsCommand(e *env) *cobra.Command {
 		Short: "Print the flows that the running daemon carries",
 		Long: `Print the flows that the running daemon carries, TCP connections and what UDP
 sockets say to each destination, the oldest first. What is DIRECT by address is the
-kernel's and not among them; what processes still carry that were taken over, is. With --watch a terminal shows them until interrupted,
-with what moves. With --kill flows are ended instead: TCP is reset on both sides, UDP
-begins anew with the next datagram.`,
+kernel's and not among them; what processes still carry that were taken over is. With
+--watch a terminal shows them until interrupted, with what moves. With --kill flows
+are ended instead: TCP is reset on both sides, UDP begins anew with the next datagram.`,
 		Example: "  tproxyd flows --watch --client 192.0.2.0/24\n  tproxyd flows --json --to example.org\n  tproxyd flows --kill 17",
 		Args:    cobra.NoArgs,
 	}

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/tproxyd/tproxyd/internal/sandbox"
 	"github.com/tproxyd/tproxyd/pkg/redirect"
@@ -22,9 +23,13 @@ type searcher struct {
 	mu   sync.Mutex
 	cmd  *exec.Cmd // nil: it does not run
 	in   io.Closer
+	out  *os.File
 	to   *gob.Encoder
 	from *gob.Decoder
 }
+
+// searchLimit is how long a search may take: flows wait for it.
+const searchLimit = 5 * time.Second
 
 // searcherVariable in the environment makes serve a searcher.
 const searcherVariable = "TPROXYD_SEARCHER"
@@ -43,16 +48,20 @@ func (s *searcher) start(e *env) error {
 	if err != nil {
 		return err
 	}
-	out, err := cmd.StdoutPipe()
+	out, answers, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	if err := cmd.Start(); err != nil {
+	cmd.Stdout = answers
+	err = cmd.Start()
+	answers.Close()
+	if err != nil {
+		out.Close()
 		return fmt.Errorf("a process that looks for programs: %w", err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.cmd, s.in, s.to, s.from = cmd, in, gob.NewEncoder(in), gob.NewDecoder(out)
+	s.cmd, s.in, s.out, s.to, s.from = cmd, in, out, gob.NewEncoder(in), gob.NewDecoder(out)
 	return nil
 }
 
@@ -64,7 +73,9 @@ func (s *searcher) ask(named []string) (map[uint64]string, error) {
 		return nil, errors.New("the process that looks for programs does not run")
 	}
 	var f found
+	s.out.SetReadDeadline(time.Now().Add(searchLimit))
 	if err := errors.Join(s.to.Encode(named), s.from.Decode(&f)); err != nil {
+		s.cmd.Process.Kill() // an answer that is late would be taken for the next one
 		return nil, fmt.Errorf("the process that looks for programs has ended, and a restart is needed: %w", err)
 	}
 	if f.Err != "" {
@@ -79,6 +90,7 @@ func (s *searcher) stop() {
 	defer s.mu.Unlock()
 	s.in.Close()
 	s.cmd.Wait()
+	s.out.Close()
 	s.cmd = nil
 }
 
