@@ -148,14 +148,14 @@ func refusalOfTest(err error) Refusal {
 }
 
 func (r *udpRig) openOutlet(ctx context.Context, first any) (Outlet, error) {
+	r.mu.Lock()
+	open := r.open // before the test hears of it, which may change it then
+	r.mu.Unlock()
 	offer(r.opens, first)
 	o, err := outletTo(r.server.addr)
 	if err != nil {
 		return o, err
 	}
-	r.mu.Lock()
-	open := r.open
-	r.mu.Unlock()
 	if open != nil {
 		if err := open(ctx, &o); err != nil {
 			o.Socket.Close()
