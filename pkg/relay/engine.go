@@ -19,6 +19,10 @@ type Options struct {
 	Loops    int // event loops; 0: one for each processor that Go uses (GOMAXPROCS)
 	PipeSize int // bytes of a pipe, rounded up by the kernel; 0: 1 MiB
 	MaxPipes int // pipes that may exist at once; 0: 128
+	// KeptPipes are made by New, as far as the kernel allows, and not given back
+	// while they are of no use: for a process that will soon have fewer rights, or
+	// shares fs.pipe-user-pages-soft with others of its user. 0: none.
+	KeptPipes int
 	// MaxConns bounds the sockets of the engine, accepted and dialled. Half of
 	// them at most are accepted ones, so that each can get its counterpart.
 	// 0: what RLIMIT_NOFILE leaves when a quarter for UDP, MaxPipes pipes and a
@@ -111,7 +115,7 @@ func New(o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		log:      o.Log,
-		pipes:    pipePool{max: o.MaxPipes, size: o.PipeSize},
+		pipes:    pipePool{max: o.MaxPipes, size: o.PipeSize, keep: min(o.KeptPipes, o.MaxPipes)},
 		maxConns: o.MaxConns,
 		clock:    clock[Stream]{tick: o.tick},
 	}
@@ -133,6 +137,7 @@ func New(o Options) (*Engine, error) {
 		}
 		e.loops = append(e.loops, l)
 	}
+	e.pipes.fill()
 	for _, l := range e.loops {
 		e.routines.Go(l.run)
 	}

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -33,8 +34,10 @@ func (p *pipe) close() {
 type pipePool struct {
 	max  int // pipes that may exist
 	size int // capacity asked for, bytes
+	keep int // pipes that fill makes, and trim leaves at rest
 
 	spare *spareFD // while it is missing no pipe is made
+	null  *os.File // what is left in a pipe goes there; nil: the pipe goes with it
 
 	mu      sync.Mutex
 	full    []*pipe // of the size asked for; last in, first out
@@ -44,6 +47,28 @@ type pipePool struct {
 	low     int     // least number at rest since the last trim
 	refused bool    // the kernel would not give another; asked again after a trim
 	closed  bool
+}
+
+// fill makes the pipes to keep while the kernel gives them in full. From then on
+// a pipe is kept with whom it was lent to and left bytes in it.
+func (p *pipePool) fill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.keep > 0 {
+		p.null, _ = os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	}
+	for len(p.all) < p.keep {
+		q := newPipe(p.size)
+		if q == nil {
+			return
+		}
+		if q.size < p.size {
+			q.close()
+			return
+		}
+		p.all, p.full = append(p.all, q), append(p.full, q)
+	}
+	p.low = len(p.full)
 }
 
 // get lends an empty pipe to s, or returns nil if there is none to be had now.
@@ -106,12 +131,32 @@ func (p *pipePool) put(q *pipe) {
 	}
 }
 
-// drop takes back a pipe that still holds bytes; they are gone with it.
+// drop takes back a pipe that still holds bytes, which are of no use to anybody.
 func (p *pipePool) drop(q *pipe) {
+	if p.drain(q) {
+		p.put(q)
+		return
+	}
 	q.holder.Store(nil)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.forget(q)
+}
+
+// drain empties a pipe, and returns whether it did.
+func (p *pipePool) drain(q *pipe) bool {
+	if p.null == nil {
+		return false
+	}
+	for {
+		switch n, e := rawSplice(q.r, int(p.null.Fd()), q.size); {
+		case e == unix.EAGAIN:
+			return true
+		case e == unix.EINTR || e == 0 && n > 0:
+		default:
+			return false
+		}
+	}
 }
 
 // forget closes a pipe.
@@ -125,13 +170,12 @@ func (p *pipePool) rested() {
 	p.low = min(p.low, len(p.full)+len(p.small))
 }
 
-// trim closes half of the pipes that nobody needed since the last call, and
-// lets get ask the kernel again.
+// trim closes half of the pipes that nobody needed since the last call, but for
+// a few, and lets get ask the kernel again.
 func (p *pipePool) trim() {
-	const keep = 2
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for n := (p.low - keep + 1) / 2; n > 0; n-- {
+	for n := (p.low - max(p.keep, 2) + 1) / 2; n > 0; n-- {
 		p.forgetColdest()
 	}
 	p.low = len(p.full) + len(p.small)
@@ -166,6 +210,7 @@ func (p *pipePool) close() {
 		p.forget(q)
 	}
 	p.full, p.small, p.closed = nil, nil, true
+	p.null.Close()
 }
 
 // count returns how many pipes exist and how many of them are lent.

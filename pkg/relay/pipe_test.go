@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 type poolState struct{ Made, Lent int }
@@ -72,6 +73,54 @@ func TestPipePool(t *testing.T) {
 	want("closed, the last came back", poolState{0, 0})
 	if q := p.get(s); q != nil {
 		t.Error("a pipe of a closed pool")
+	}
+}
+
+// TestKeptPipes makes pipes that stay, though nobody needs them.
+func TestKeptPipes(t *testing.T) {
+	p := &pipePool{max: 8, keep: 4, size: 128 << 10, spare: new(spareFD)}
+	defer p.close()
+	p.fill()
+	if d := cmp.Diff(poolState{4, 0}, p.state()); d != "" {
+		t.Errorf("filled: %s", d)
+	}
+	s := new(Stream)
+	var lent []*pipe
+	for range 7 {
+		lent = append(lent, p.get(s))
+	}
+	for _, q := range lent {
+		if _, err := unix.Write(q.w, make([]byte, 5000)); err != nil {
+			t.Fatal(err)
+		}
+		p.drop(q)
+	}
+	if d := cmp.Diff(poolState{7, 0}, p.state()); d != "" {
+		t.Errorf("back with bytes in them: %s", d)
+	}
+	q := p.get(s)
+	if n, err := unix.Read(q.r, make([]byte, 1)); err != unix.EAGAIN {
+		t.Errorf("a pipe was lent with %d bytes in it, %v", n, err)
+	}
+	p.put(q)
+	for range 6 {
+		p.trim()
+	}
+	if d := cmp.Diff(poolState{4, 0}, p.state()); d != "" {
+		t.Errorf("trimmed often: %s", d)
+	}
+	p.shed() // a descriptor is worth more
+	if d := cmp.Diff(poolState{3, 0}, p.state()); d != "" {
+		t.Errorf("one given up: %s", d)
+	}
+
+	e, err := New(Options{KeptPipes: 3, MaxPipes: 2, Loops: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if n := e.Stats().Pipes; n != 2 {
+		t.Errorf("%d pipes of 2 at most", n)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -249,6 +250,49 @@ func TestFullDisk(t *testing.T) {
 		return !strings.Contains(d.cli(t, "status", "-c", d.config).ok(t).out, "not kept on disk")
 	})
 	w.client.curl(t, "http://host-2.example.org/full").ok(t)
+	d.stop(t)
+}
+
+// TestPipesUsedUp: others of the daemon's user have all the pipes that it may have,
+// and no byte is copied for that. Not parallel: it is everybody's share.
+func TestPipesUsedUp(t *testing.T) {
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	w.outside.answerTCP(t, outsideAt+":9", func(c *net.TCPConn) { io.Copy(io.Discard, c) })
+	b, err := os.ReadFile("/proc/sys/fs/pipe-user-pages-soft")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for size := 1 << 20; pages > 0; pages -= size / os.Getpagesize() {
+		var fds [2]int
+		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fds[0]); unix.Close(fds[1]) })
+		if _, err := unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	for range 3 * 32 { // each leaves bytes in a pipe, or may
+		c, err := w.client.dial("tcp", outsideAt+":9", 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.CopyN(c, zeros{}, 2<<20); err != nil {
+			t.Fatal(err)
+		}
+		c.(*net.TCPConn).SetLinger(0)
+		c.Close()
+	}
+	eventually(t, 10*time.Second, "no flow is left", func() bool { return d.metric(t, "tproxyd_flows") == 0 })
+	if n := d.metric(t, "tproxyd_relay_shortages_total"); n != 0 {
+		t.Errorf("%v chunks were copied", n)
+	}
 	d.stop(t)
 }
 
