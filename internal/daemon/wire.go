@@ -292,6 +292,7 @@ func (d *Daemon) udpOptions() relay.UDPOptions {
 		TooBig:     func(g flow.Datagram, mtu int) { d.refuser.TooBig(g, mtu) },
 		Done:       d.gateway.SessionDone,
 		ID:         d.gateway.NextID,
+		Beside:     d.engine,
 		Log:        d.log.With("part", "relay"),
 	}
 }

@@ -224,6 +224,9 @@ func (sh *shard) takeSocket() bool {
 	if sh.sockets >= share(sh.u.o.MaxSockets, len(sh.u.shards)) {
 		return false
 	}
+	if e := sh.u.o.Beside; e != nil && !e.lend() {
+		return false
+	}
 	sh.sockets++
 	sh.u.sockets.Add(1)
 	return true
@@ -232,6 +235,9 @@ func (sh *shard) takeSocket() bool {
 func (sh *shard) giveSocket() {
 	sh.sockets--
 	sh.u.sockets.Add(-1)
+	if e := sh.u.o.Beside; e != nil {
+		e.beside.Add(-1)
+	}
 }
 
 // stranger makes a flow of a datagram that came back from an address that the

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"runtime"
@@ -25,8 +26,9 @@ type Options struct {
 	KeptPipes int
 	// MaxConns bounds the sockets of the engine, accepted and dialled. Half of
 	// them at most are accepted ones, so that each can get its counterpart.
-	// 0: what RLIMIT_NOFILE leaves when a quarter for UDP, MaxPipes pipes and a
-	// reserve of 128 descriptors for the rest of the process are taken off.
+	// 0: what RLIMIT_NOFILE leaves when MaxPipes pipes, a reserve of 128 descriptors
+	// for the rest of the process, and what the UDP beside it has, but a sixteenth
+	// at least, are taken off.
 	MaxConns int
 	Log      *slog.Logger // nil: silent
 
@@ -49,7 +51,7 @@ type Stats struct {
 	Accepted  uint64 // connections accepted and given to a handler
 	Refused   uint64 // connections reset right after accept, or not dialled: MaxConns or the descriptor limit was reached
 	Shortages uint64 // times that a chunk was copied as there was no pipe
-	MaxConns  int    // sockets that may exist, see Options.MaxConns
+	MaxConns  int    // sockets that may exist now, see Options.MaxConns
 	MaxPipes  int    // likewise, pipes
 	// LastRefused is when Refused was counted last; zero: never.
 	LastRefused time.Time
@@ -67,9 +69,11 @@ type Engine struct {
 	waiters sync.Pool
 
 	maxConns int
+	kept     int // sockets that are left to the UDP beside it in any case; maxConns is what they leave
 	clock    clock[Stream]
 
 	live      atomic.Int64 // sockets
+	beside    atomic.Int64 // sockets of the UDP beside it, see UDPOptions.Beside
 	spilled   atomic.Int64 // bytes; see spillMax
 	accepted  atomic.Int64 // of them, those from Serve
 	streams   atomic.Int64
@@ -100,12 +104,12 @@ func New(o Options) (*Engine, error) {
 	if o.MaxPipes <= 0 {
 		o.MaxPipes = 128
 	}
+	kept := math.MaxInt32 // what was stated is the engine's own
 	if o.MaxConns <= 0 {
-		n, err := connsFor(o.MaxPipes)
-		if err != nil {
+		var err error
+		if o.MaxConns, kept, err = connsFor(o.MaxPipes); err != nil {
 			return nil, err
 		}
-		o.MaxConns = n
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -117,6 +121,7 @@ func New(o Options) (*Engine, error) {
 		log:      o.Log,
 		pipes:    pipePool{max: o.MaxPipes, size: o.PipeSize, keep: min(o.KeptPipes, o.MaxPipes)},
 		maxConns: o.MaxConns,
+		kept:     kept,
 		clock:    clock[Stream]{tick: o.tick},
 	}
 	e.pipes.spare = &e.spare
@@ -209,7 +214,7 @@ func (e *Engine) Stats() Stats {
 		Accepted:  e.accepts.Load(),
 		Refused:   e.refused.Load(),
 		Shortages: e.shortages.Load(),
-		MaxConns:  e.maxConns,
+		MaxConns:  e.room(),
 		MaxPipes:  e.pipes.max,
 	}
 	if at := e.refusedAt.Load(); at != 0 {
@@ -240,13 +245,27 @@ func (e *Engine) newConn(fd int, accepted bool) *Conn {
 	return c
 }
 
-// admit counts one more socket; false if MaxConns is reached.
+// room returns how many sockets there may be now.
+func (e *Engine) room() int { return e.maxConns - max(0, int(e.beside.Load())-e.kept) }
+
+// lend counts one more socket of the UDP beside it; false if there is no room.
+// Both may get a few sockets too many at the same time; the reserve has them.
+func (e *Engine) lend() bool {
+	if e.beside.Add(1) > int64(e.kept) && int(e.live.Load()) > e.room() {
+		e.beside.Add(-1)
+		return false
+	}
+	return true
+}
+
+// admit counts one more socket; false if there is no room.
 func (e *Engine) admit(accepted bool) bool {
-	if e.live.Add(1) > int64(e.maxConns) {
+	room := e.room()
+	if e.live.Add(1) > int64(room) {
 		e.live.Add(-1)
 		return false
 	}
-	if accepted && e.accepted.Add(1) > int64((e.maxConns+1)/2) {
+	if accepted && e.accepted.Add(1) > int64((room+1)/2) {
 		e.accepted.Add(-1)
 		e.live.Add(-1)
 		return false
@@ -267,18 +286,19 @@ func (e *Engine) pickLoop() *loop {
 	return e.loops[int(e.next.Add(1))%len(e.loops)]
 }
 
-// connsFor derives MaxConns from RLIMIT_NOFILE.
-func connsFor(pipes int) (int, error) {
+// connsFor derives MaxConns from RLIMIT_NOFILE, and what is kept for UDP.
+func connsFor(pipes int) (n, kept int, err error) {
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
-		return 0, os.NewSyscallError("getrlimit", err)
+		return 0, 0, os.NewSyscallError("getrlimit", err)
 	}
 	limit := int(min(r.Cur, maxFD))
-	n := limit - limit/udpShare - 2*pipes - reserveFDs
+	kept = limit / udpKept
+	n = limit - kept - 2*pipes - reserveFDs
 	if n < 2 {
-		return 0, fmt.Errorf("relay: RLIMIT_NOFILE is %d: %d pipes, a reserve of %d and what is kept for UDP leave no descriptors for flows", r.Cur, pipes, reserveFDs)
+		return 0, 0, fmt.Errorf("relay: RLIMIT_NOFILE is %d: %d pipes, a reserve of %d and what is kept for UDP leave no descriptors for flows", r.Cur, pipes, reserveFDs)
 	}
-	return n, nil
+	return n, kept, nil
 }
 
 // errClosed is what methods of a closed engine or connection return.

@@ -136,6 +136,7 @@ type UDPOptions struct {
 	MaxFlows    int          // 0: UDPMaxFlows
 	MaxQueued   int          // bytes; 0: UDPMaxQueued
 	MaxSockets  int          // of outlets and flows; 0: a quarter of RLIMIT_NOFILE
+	Beside      *Engine      // with which it shares the descriptors of the process; nil: none
 	Log         *slog.Logger // nil: silent
 
 	tick time.Duration // of the clock for limits; 0: 1 s
@@ -290,8 +291,12 @@ func udpSockets() (int, error) {
 	return int(min(r.Cur, maxFD) / udpShare), nil
 }
 
-// udpShare is the part of RLIMIT_NOFILE, as one over it, that is left to UDP.
-const udpShare = 4
+// Parts of RLIMIT_NOFILE, as one over it: what UDP may have, and what of it TCP
+// leaves to it in any case.
+const (
+	udpShare = 4
+	udpKept  = 16
+)
 
 // SetLimits sets the time that a flow may be without a datagram in either
 // direction, and that of flows which are over with their answer; 0: 5 minutes

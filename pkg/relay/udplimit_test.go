@@ -255,6 +255,46 @@ func TestUDPMaxSockets(t *testing.T) {
 	}
 }
 
+// TestSharedSockets: what UDP has of the descriptors TCP cannot have, and the other
+// way round, but for what is kept for UDP.
+func TestSharedSockets(t *testing.T) {
+	e := newEngine(t, Options{Loops: 1})
+	e.maxConns, e.kept = 8, 2
+	r := newUDPRig(t, UDPOptions{MaxSockets: 6, Beside: e})
+	for i := range 5 {
+		r.exchange(fmt.Sprintf("10.0.0.1:%d", 1+i), web)
+	}
+	if s := r.Stats(); s.Sockets != 5 || s.Evicted != 0 || e.Stats().MaxConns != 5 {
+		t.Fatalf("alone: %+v, %d for TCP", s, e.Stats().MaxConns)
+	}
+	for i := range 6 {
+		if e.admit(i < 3) != (i < 5) {
+			t.Errorf("5 left for TCP: %d of them", i)
+		}
+	}
+	if e.release(false); e.admit(true) {
+		t.Error("more clients than half of what is left")
+	}
+	if !e.admit(false) {
+		t.Error("no room for a connection that was dialled")
+	}
+	r.exchange("10.0.0.1:6", web)
+	if s := r.Stats(); s.Sockets != 5 || s.Evicted != 1 {
+		t.Errorf("all taken: %+v", s)
+	}
+	for range 5 {
+		e.release(false)
+	}
+	r.exchange("10.0.0.1:7", web)
+	if s := r.Stats(); s.Sockets != 6 || s.Evicted != 1 || e.Stats().MaxConns != 4 {
+		t.Errorf("TCP has ended: %+v, %d for TCP", s, e.Stats().MaxConns)
+	}
+	r.Close()
+	if n := e.Stats().MaxConns; n != 8 {
+		t.Errorf("UDP has ended, and %d sockets are left for TCP", n)
+	}
+}
+
 // A loop whose neighbour has many sockets keeps its flows.
 func TestUDPSocketsOfLoops(t *testing.T) {
 	a, b := newInjector(t), newInjector(t)
