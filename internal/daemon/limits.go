@@ -5,6 +5,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/tproxyd/tproxyd/pkg/redirect"
 	"golang.org/x/sys/unix"
 )
 
@@ -16,7 +17,7 @@ type Limit struct {
 }
 
 // limits are all of them, in an order that does not change.
-func (s *Status) limits() []Limit {
+func (s *Status) limits(tracked redirect.Tracked) []Limit {
 	used, most := descriptors()
 	return []Limit{
 		{"descriptors", used, most},
@@ -26,6 +27,7 @@ func (s *Status) limits() []Limit {
 		{"udp_flows", s.UDP.Flows, s.UDP.MaxFlows},
 		{"udp_sockets", s.UDP.Sockets, s.UDP.MaxSockets},
 		{"names", s.DNS.Pool.Names, s.DNS.Pool.Max},
+		{"conntrack", tracked.Flows, tracked.Max},
 	}
 }
 
@@ -64,7 +66,11 @@ func (s *Status) trouble(now time.Time) (list []string) {
 	}
 	for _, l := range s.Limits {
 		// Every pipe is of use, and a name that is not used gives way to another.
-		if l.Name != "pipes" && l.Name != "names" && l.Max > 0 && float64(l.Used) >= nearLimit*float64(l.Max) {
+		switch near := l.Max > 0 && float64(l.Used) >= nearLimit*float64(l.Max); {
+		case l.Name == "pipes" || l.Name == "names" || !near:
+		case l.Name == "conntrack":
+			say("the kernel tracks %d flows of %d, and then drops packets of new ones: raise net.netfilter.nf_conntrack_max", l.Used, l.Max)
+		default:
 			say("%s: %d of %d are in use", l.Name, l.Used, l.Max)
 		}
 	}

@@ -89,7 +89,8 @@ func (d *Daemon) Status() Status {
 	if s.Kernel.Counters, err = d.kernel.Counters(); err != nil {
 		s.Kernel.Error = err.Error()
 	}
-	s.Limits = s.limits()
+	tracked, _ := d.kernel.Tracked() // a kernel without it tracks nothing
+	s.Limits = s.limits(tracked)
 	s.Trouble = append(s.trouble(time.Now()), setup.goneLists()...)
 	return s
 }

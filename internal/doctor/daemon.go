@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -128,6 +129,23 @@ func limits(d *running) (list []Finding) {
 		list = append(list, Finding{"pipes", fmt.Sprintf("fs.pipe-user-pages-soft is %d, and CAP_SYS_RESOURCE is missing", pages), "bytes are copied by the daemon where pipes are short, at three times the cost", "sysctl -w fs.pipe-user-pages-soft=65536, or give the unit CAP_SYS_RESOURCE"})
 	}
 	return list
+}
+
+// nearlyFull is how much of the tracked flows there may be is trouble.
+const nearlyFull = 0.9
+
+// conntrack finds a host that will soon track no more flows.
+func conntrack(root string) []Finding {
+	read := func(name string) float64 {
+		b, _ := os.ReadFile(filepath.Join(root, "proc/sys/net/netfilter/nf_conntrack_"+name))
+		n, _ := strconv.ParseFloat(strings.TrimSpace(string(b)), 64)
+		return n
+	}
+	n, most := read("count"), read("max")
+	if most == 0 || n < nearlyFull*most {
+		return nil
+	}
+	return []Finding{{"conntrack", fmt.Sprintf("the kernel tracks %.0f flows of %.0f", n, most), "then packets of new flows are dropped, and who sent them waits in vain; a proxied flow is two, until two minutes after its end", fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%.0f, each of them takes some 300 bytes", 4*most)}}
 }
 
 func pipePages() string {

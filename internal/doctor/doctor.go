@@ -73,6 +73,7 @@ func Examine(ctx context.Context, h Host) Report {
 	add(networkd("/")...)
 	d := daemonAt(ctx, h.Socket)
 	add(limits(d)...)
+	add(conntrack("/")...)
 	add(state(h.State)...)
 	add(d.findings()...)
 	add(resolversElsewhere(h.Interfaces, d)...)

@@ -3,6 +3,7 @@ package doctor
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -48,6 +49,27 @@ func TestProcess(t *testing.T) {
 	}
 	if got := capEffective("Name:\tx\nCapInh:\t0000000000000000\nCapEff:\t000001ffffffffff\n"); got != 0x1ffffffffff {
 		t.Errorf("capabilities %#x", got)
+	}
+}
+
+func TestConntrack(t *testing.T) {
+	root := t.TempDir()
+	dir := filepath.Join(root, "proc/sys/net/netfilter")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if got := conntrack(root); got != nil {
+		t.Errorf("a kernel that tracks nothing: %v", got)
+	}
+	for count, want := range map[string]bool{"100": false, "899": false, "900": true, "1000": true} {
+		for name, text := range map[string]string{"count": count, "max": "1000"} {
+			if err := os.WriteFile(filepath.Join(dir, "nf_conntrack_"+name), []byte(text+"\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := conntrack(root); (len(got) == 1) != want || want && !strings.Contains(got[0].Mend, "nf_conntrack_max=4000") {
+			t.Errorf("%s of 1000: %v", count, got)
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -28,6 +29,7 @@ const (
 	conntrackStats  = 5 // of the namespace
 
 	ctaStatsEntries = 1
+	ctaStatsMax     = 2
 
 	ctaTupleOrig  = 1
 	ctaTupleReply = 2
@@ -65,22 +67,49 @@ func conntrackMessage(kind int, f family, attrs ...netlink.Attribute) (netlink.M
 	}, err
 }
 
+// Tracked is how many flows the kernel remembers of the namespace (conntrack), ours
+// among them and each of those twice: as the client's and as that to the server.
+// Where there are as many as may be, packets of new flows are dropped. Max is 0 on a
+// kernel that does not tell, before Linux 4.18.
+type Tracked struct{ Flows, Max int }
+
+// Tracked asks the kernel.
+func (r *Redirect) Tracked() (Tracked, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed || r.lent {
+		return Tracked{}, net.ErrClosed
+	}
+	t, err := r.nf.tracked()
+	if err != nil {
+		return Tracked{}, fmt.Errorf("redirect: connection tracking: %w", err)
+	}
+	return t, nil
+}
+
+func (c *nfnl) tracked() (t Tracked, err error) {
+	m, err := conntrackMessage(conntrackStats, 0)
+	if err != nil {
+		return t, err
+	}
+	return t, c.query(m, false, func(ad *netlink.AttributeDecoder) error {
+		for ad.Next() {
+			switch ad.Type() {
+			case ctaStatsEntries:
+				t.Flows = int(ad.Uint32())
+			case ctaStatsMax:
+				t.Max = int(ad.Uint32())
+			}
+		}
+		return nil
+	})
+}
+
 // tracksNothing reports whether the kernel remembers no flow of the namespace.
 // To look for one it would go through a table that all namespaces share.
 func (c *nfnl) tracksNothing() bool {
-	m, err := conntrackMessage(conntrackStats, 0)
-	nothing := false
-	if err == nil {
-		err = c.query(m, false, func(ad *netlink.AttributeDecoder) error {
-			for ad.Next() {
-				if ad.Type() == ctaStatsEntries {
-					nothing = ad.Uint32() == 0
-				}
-			}
-			return nil
-		})
-	}
-	return err == nil && nothing
+	t, err := c.tracked()
+	return err == nil && t.Flows == 0
 }
 
 // trackedUDP gives the flows of UDP of a family to f.

@@ -2,6 +2,7 @@ package redirect
 
 import (
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -150,5 +151,12 @@ func TestTracksNothing(t *testing.T) {
 	n.try("ping -c1 -W1 127.0.0.1")
 	if c.tracksNothing() {
 		t.Error("nothing is remembered of a ping")
+	}
+	most, err := strconv.Atoi(strings.TrimSpace(n.run("cat /proc/sys/net/netfilter/nf_conntrack_max")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := c.tracked(); err != nil || got.Flows < 1 || got.Max != most {
+		t.Errorf("%+v, %v, want %d at most", got, err, most)
 	}
 }
