@@ -145,7 +145,7 @@ func conntrack(root string) []Finding {
 	if most == 0 || n < nearlyFull*most {
 		return nil
 	}
-	return []Finding{{"conntrack", fmt.Sprintf("the kernel tracks %.0f flows of %.0f", n, most), "then packets of new flows are dropped, and who sent them waits in vain; a proxied flow is two, until two minutes after its end", fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%.0f, each of them takes some 300 bytes", 4*most)}}
+	return []Finding{{"conntrack", fmt.Sprintf("the kernel tracks %.0f flows of %.0f", n, most), "then packets of new flows are dropped, and who sent them waits in vain; a proxied flow is two of them", fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%.0f, each of them takes some 300 bytes", 4*most)}}
 }
 
 func pipePages() string {

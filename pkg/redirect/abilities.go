@@ -13,6 +13,7 @@ import (
 type abilities struct {
 	own     bool // a table can have an owner and outlive it (6.9)
 	refresh bool // to add an element anew gives it a new time (6.12)
+	brief   bool // a rule can say how long a flow is remembered
 }
 
 // Ability is something that a kernel can do, or cannot.

@@ -110,7 +110,14 @@ type dynamic struct {
 func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error) {
 	nt := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
 	anonymous := uint32(len(t.sets)) // the sets of setMessages can be in the same transaction
-	return record(func(c *nftables.Conn) error {
+	var objects []netlink.Message
+	if t.brief {
+		var err error
+		if objects, err = briefMessages(); err != nil {
+			return nil, err
+		}
+	}
+	msgs, err := record(func(c *nftables.Conn) error {
 		if len(there.chains) > 0 {
 			c.FlushTable(nt)
 		}
@@ -181,6 +188,7 @@ func (t *table) ruleMessages(there present, d dynamic) ([]netlink.Message, error
 		}
 		return nil
 	})
+	return append(objects, msgs...), err
 }
 
 // deleteTable and newTableMessage are the end and the beginning of the table.

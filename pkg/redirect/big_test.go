@@ -35,7 +35,7 @@ func TestVerify(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	tab, err := newTable(&p, "a", liveSets[0], r.alive != Marks{}, nil, 0)
+	tab, err := newTable(&p, "a", liveSets[0], r.alive != Marks{}, r.can.brief, nil, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@ package redirect
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -106,6 +107,19 @@ func (c *nfnl) commit(msgs []netlink.Message) error {
 	if len(msgs) == 0 {
 		return nil
 	}
+	return c.transact(msgs, true)
+}
+
+// errAborted is what becomes of an attempt that would have succeeded.
+var errAborted = errors.New("redirect: nftables: a transaction without an end")
+
+// attempt sends a transaction that the kernel tries and then takes back, since it
+// has no end. It returns errAborted, or what is wrong with it.
+func (c *nfnl) attempt(msgs []netlink.Message) error {
+	return cmp.Or(c.transact(msgs, false), errAborted)
+}
+
+func (c *nfnl) transact(msgs []netlink.Message, end bool) error {
 	edge := func(kind int) netlink.Message {
 		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(kind)}, Data: []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}}
 	}
@@ -128,7 +142,9 @@ func (c *nfnl) commit(msgs []netlink.Message) error {
 	}
 	last := seq
 	c.seq = last + 1
-	b = c.append(b, edge(unix.NFNL_MSG_BATCH_END), netlink.Request, c.seq)
+	if end {
+		b = c.append(b, edge(unix.NFNL_MSG_BATCH_END), netlink.Request, c.seq)
+	}
 	if err := unix.Sendto(c.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return fmt.Errorf("redirect: nftables: %w", err)
 	}
@@ -166,7 +182,7 @@ func messageName(msgs []netlink.Message, n uint32) string {
 		unix.NFT_MSG_NEWRULE: "new rule", unix.NFT_MSG_DELRULE: "delete rules",
 		unix.NFT_MSG_NEWSET: "new set", unix.NFT_MSG_DELSET: "delete set",
 		unix.NFT_MSG_NEWSETELEM: "new elements", unix.NFT_MSG_DELSETELEM: "delete elements",
-		unix.NFT_MSG_NEWOBJ: "new counter",
+		unix.NFT_MSG_NEWOBJ: "new object",
 	}
 	return names[int(m.Header.Type)&0xff]
 }

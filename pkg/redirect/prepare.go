@@ -118,10 +118,10 @@ func (r *Redirect) load(p *Plan, there present, groups cgroups, alive, flush boo
 	}
 	var t *table
 	var made error
-	listener := r.logs.group
+	listener, brief := r.logs.group, r.can.brief
 	var parts [][]netlink.Message
 	err = pause(func() {
-		if t, made = newTable(p, gen, live, alive, groups, listener); made != nil {
+		if t, made = newTable(p, gen, live, alive, brief, groups, listener); made != nil {
 			return
 		}
 		var sets []netlink.Message

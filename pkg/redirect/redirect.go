@@ -105,6 +105,9 @@ func Open(o Options) (*Redirect, error) {
 	if err == nil {
 		err = r.claim(o.NoOwner)
 	}
+	if err == nil {
+		r.can.brief = r.nf.knowsBrief()
+	}
 	if err != nil {
 		r.release()
 		if r.interfaces != nil {
@@ -327,7 +330,7 @@ func (r *Redirect) replaceTable(p *Plan, alive, exists bool) error {
 		}
 		return err
 	}
-	t, err := newTable(p, "a", liveSets[0], alive, r.cgroups, r.logs.group)
+	t, err := newTable(p, "a", liveSets[0], alive, r.can.brief, r.cgroups, r.logs.group)
 	if err != nil {
 		return err
 	}

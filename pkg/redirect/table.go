@@ -50,6 +50,7 @@ type table struct {
 	gen    string // ends the names of the sets that each plan has of its own
 	live   string // which of liveSets is in use
 	alive  bool   // output asks for the mark of this name
+	brief  bool   // flows of ours are remembered briefly
 
 	cgroups cgroups // that the plan names, as they are
 	named   []*namedCgroups
@@ -63,9 +64,10 @@ type table struct {
 // newTable makes the table of a checked plan. Gen tells the sets of one plan
 // from those of the plan before, so that both can be there for a moment; live is
 // one of liveSets. Alive says that there is the table of that name, and listener
-// where what Plan.Log asks for is told; 0: nowhere.
-func newTable(p *Plan, gen, live string, alive bool, groups cgroups, listener uint16) (*table, error) {
-	t := &table{gen: "_" + gen, live: live, alive: alive, cgroups: groups, tallies: tallies{map[string]string{}, map[string]map[string]string{}}}
+// where what Plan.Log asks for is told; 0: nowhere. Brief says that the kernel knows
+// how to remember flows briefly.
+func newTable(p *Plan, gen, live string, alive, brief bool, groups cgroups, listener uint16) (*table, error) {
+	t := &table{gen: "_" + gen, live: live, alive: alive, brief: brief, cgroups: groups, tallies: tallies{map[string]string{}, map[string]map[string]string{}}}
 	if p.DivertDenied {
 		m := p.Marks
 		t.appeals = []rule{{mark(m, m.Local()), proto(tcp)}, {mark(m, m.Local()), proto(udp)}}

@@ -16,12 +16,15 @@ func Text(p Plan) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	t, err := newTable(&p, "a", liveSets[0], p.wantsAlive(), groups, logGroup)
+	t, err := newTable(&p, "a", liveSets[0], p.wantsAlive(), true, groups, logGroup)
 	if err != nil {
 		return "", err
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "table inet %s {\n", tableName)
+	for _, o := range briefs() {
+		o.write(&b)
+	}
 	for _, c := range t.counters() {
 		fmt.Fprintf(&b, "\tcounter %s {\n\t}\n\n", c)
 	}

@@ -1,6 +1,10 @@
 package redirect
 
-import "github.com/google/nftables"
+import (
+	"slices"
+
+	"github.com/google/nftables"
+)
 
 // take writes the chains that divert. Each ends with a refusal of what it
 // would have diverted, and the mark comes before the tproxy: a rule whose
@@ -19,7 +23,7 @@ func (t *table) take(p *Plan) {
 		c.add(protoNot(tcp), going("refuse"))
 		if p.Local {
 			t.noteOwn(p, c, mark(m, m.Local()))
-			c.add(mark(m, m.Local()), setCtMark(m, m.Own()), count(countDiverted), accept())
+			c.add(slices.Concat([]statement{mark(m, m.Local()), setCtMark(m, m.Own())}, t.briefly(tcp), []statement{count(countDiverted), accept()})...)
 		}
 	}
 
@@ -27,7 +31,7 @@ func (t *table) take(p *Plan) {
 		c := t.chain("dns")
 		c.add(append(foreignReply(m), going("direct"))...)
 		t.noteLan(p, c)
-		c.add(setMark(m, m.Lan()))
+		c.add(append([]statement{setMark(m, m.Lan())}, t.briefly(tcp, udp)...)...)
 		divert(c, udp, p.Ports.DNSUDP, countDNS)
 		divert(c, tcp, p.Ports.DNSTCP, countDNS)
 		c.add(going("refuse"))
@@ -117,6 +121,9 @@ func (t *table) ways(p *Plan) {
 	}
 	post.add(append(elsewhere, notFromUs(), count(countGuard), drop())...)
 	post.add(mark(m, m.Own()), ctNew(), notFromUs(), setCtMark(m, m.Own()))
+	if own := t.briefly(tcp); own != nil && !p.Enclosed {
+		post.add(append([]statement{mark(m, m.Own())}, own...)...)
+	}
 }
 
 func (t *table) lan(p *Plan) {
@@ -136,7 +143,7 @@ func (t *table) lan(p *Plan) {
 	}
 	c.add(jump("decide"))
 	t.noteLan(p, c)
-	c.add(setMark(m, m.Lan()), setCtMark(m, m.Own()))
+	c.add(append([]statement{setMark(m, m.Lan()), setCtMark(m, m.Own())}, t.briefly(tcp)...)...)
 	for _, d := range p.Ports.diverted() {
 		divert(c, d.proto, d.port, d.counter)
 	}
@@ -196,7 +203,7 @@ func (t *table) output(p *Plan) {
 		}{{udp, p.Ports.DNSUDP}, {tcp, p.Ports.DNSTCP}} {
 			if w.port != 0 {
 				t.noteOwn(p, c, dport(w.proto, 53))
-				c.add(dport(w.proto, 53), setMark(m, m.Local()), accept())
+				c.add(slices.Concat([]statement{dport(w.proto, 53), setMark(m, m.Local())}, t.briefly(w.proto), []statement{accept()})...)
 			} else {
 				c.add(dport(w.proto, 53), going("refuse"))
 			}
