@@ -29,7 +29,7 @@
 // UDP goes through associations with a SOCKS server that is a loop over all of
 // them. Notes at the end tell where the daemon evicted, refused or dropped
 // something, and of answers that came to a wrong socket. 5,000 flows want 10,000
-// sockets, and UDP has a quarter of RLIMIT_NOFILE for its own: if that cannot be
+// sockets, and UDP may have a quarter of RLIMIT_NOFILE: if that cannot be
 // raised to what the unit allows, a note says so, and flows do without.
 package main
 

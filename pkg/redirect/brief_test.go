@@ -57,7 +57,9 @@ func TestBriefly(t *testing.T) {
 func (w *world) askServer(t *testing.T, addr string) {
 	t.Helper()
 	d := net.Dialer{Timeout: wait, Control: func(_, _ string, c syscall.RawConn) (err error) {
-		c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(testMarks.Own())) })
+		c.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(testMarks.Own()))
+		})
 		return err
 	}}
 	w.gateway.do(func() {

@@ -49,8 +49,8 @@ type pipePool struct {
 	closed  bool
 }
 
-// fill makes the pipes to keep while the kernel gives them in full. From then on
-// a pipe is kept with whom it was lent to and left bytes in it.
+// fill makes the pipes to keep while the kernel gives them in full. From then on a
+// pipe that comes back with bytes in it is emptied and stays.
 func (p *pipePool) fill() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
