@@ -122,21 +122,6 @@ func inherit(setup *Setup, log *slog.Logger, e *estate) (*Daemon, error) {
 	return d, nil
 }
 
-// keptPipes is enough for flows that fill a processor each; a pipe at rest takes
-// two descriptors and 10 KiB of the kernel.
-const keptPipes = 32
-
-// relayOptions has pipes made while all rights are there. Later others of the same
-// user may have used up what fs.pipe-user-pages-soft grants, and bytes would be
-// copied. A command or a container takes nothing of its user's share beforehand.
-func (d *Daemon) relayOptions(log *slog.Logger) relay.Options {
-	o := relay.Options{Log: log}
-	if d.setup.enclosure == nil {
-		o.KeptPipes = keptPipes
-	}
-	return o
-}
-
 func (d *Daemon) open(e *estate) (err error) {
 	c, part := d.setup.Config, func(name string) *slog.Logger { return d.log.With("part", name) }
 	if d.engine, err = relay.New(d.relayOptions(part("relay"))); err != nil {

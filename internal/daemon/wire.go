@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -278,6 +279,21 @@ func (d *Daemon) dialUDP(to netip.AddrPort) (*relay.Packet, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// keptPipes is enough for flows that fill a processor each; a pipe at rest takes
+// two descriptors and 10 KiB of the kernel.
+const keptPipes = 32
+
+// relayOptions has pipes made while all rights are there. Later others of the same
+// user may have used up what fs.pipe-user-pages-soft grants, and bytes would be
+// copied. A command or a container takes nothing of its user's share beforehand.
+func (d *Daemon) relayOptions(log *slog.Logger) relay.Options {
+	o := relay.Options{Log: log}
+	if d.setup.enclosure == nil {
+		o.KeptPipes = keptPipes
+	}
+	return o
 }
 
 // udpOptions wires the sessions of UDP to the kernel and to the rules.
