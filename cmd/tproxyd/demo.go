@@ -164,7 +164,10 @@ func demo(ctx context.Context, out io.Writer) error {
 // rootCause is the system's own word in a network error.
 func rootCause(err error) error {
 	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	switch {
+	case errors.Is(err, syscall.EPIPE): // who writes hears this if who reads was told of the reset
+		return syscall.ECONNRESET
+	case errors.As(err, &errno):
 		return errno
 	}
 	return err
