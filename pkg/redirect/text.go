@@ -7,7 +7,7 @@ import (
 
 // Text returns the table of a plan as nft(8) reads it, in the order in which
 // its parts refer to one another, as it is on a kernel that knows owners of
-// tables. Dynamic elements are not in it.
+// tables and times of flows. Dynamic elements are not in it.
 func Text(p Plan) (string, error) {
 	if err := p.check(); err != nil {
 		return "", err
