@@ -110,7 +110,14 @@ func (a *acceptor) batch(lfd uintptr) (done bool) {
 			return false
 		case unix.EINTR, unix.ECONNABORTED:
 		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
-			if !a.e.turnAway(int(lfd)) {
+			// accept(2) takes a descriptor before it looks at the queue: this says
+			// nothing of whether a client waits.
+			switch a.e.turnAway(int(lfd)) {
+			case 0, unix.EINTR, unix.ECONNABORTED:
+			case unix.EAGAIN:
+				return false
+			default:
+				a.e.pipes.shed() // two descriptors for the next try
 				a.pause = true
 				return true
 			}
@@ -139,19 +146,18 @@ func (a *acceptor) take(fd int, remote netip.AddrPort) {
 	a.crew.do(c)
 }
 
-// turnAway accepts one client, with the spare descriptor, and resets it. False
-// means that not even that was possible.
-func (e *Engine) turnAway(lfd int) bool {
-	ok := e.spare.lend(func() bool {
-		fd, _, errno := rawAccept(lfd)
-		if errno == 0 {
+// turnAway accepts one client, with the spare descriptor, and resets it. It
+// returns what accept(2) does, and EMFILE if there is no spare.
+func (e *Engine) turnAway(lfd int) (errno unix.Errno) {
+	lent := e.spare.lend(func() {
+		var fd int
+		if fd, _, errno = rawAccept(lfd); errno == 0 {
 			e.refuse()
 			rawReset(fd)
 		}
-		return errno == 0 || errno == unix.EAGAIN
 	})
-	if !ok {
-		e.pipes.shed() // two descriptors for the next try
+	if !lent {
+		return unix.EMFILE
 	}
-	return ok
+	return errno
 }

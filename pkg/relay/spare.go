@@ -32,8 +32,8 @@ func (s *spareFD) open() error {
 }
 
 // lend gives the descriptor up for the time of f, which takes one and closes
-// it. It returns false if there is nothing to give up, or what f returns.
-func (s *spareFD) lend(f func() bool) bool {
+// it. It returns false, without a call of f, if there is nothing to give up.
+func (s *spareFD) lend(f func()) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.fd < 0 && s.open() != nil {
@@ -41,9 +41,9 @@ func (s *spareFD) lend(f func() bool) bool {
 	}
 	s.missing.Store(true)
 	rawClose(s.fd)
-	ok := f()
+	f()
 	s.open()
-	return ok
+	return true
 }
 
 // restore gets the spare back if it is missing and there is a descriptor.
