@@ -200,7 +200,11 @@ func forwardTo(ns *netns.Namespace, ln net.Listener, port string) {
 	for {
 		c, err := ln.Accept()
 		if err != nil {
-			return
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			time.Sleep(10 * time.Millisecond) // out of descriptors: that passes
+			continue
 		}
 		go func() {
 			defer c.Close()
