@@ -164,12 +164,19 @@ func (c *Conn) want(events uint32) unix.Errno {
 	if c.events&events == events {
 		return 0
 	}
-	c.events |= events
+	var e unix.Errno
 	if c.l == nil {
 		c.l = c.e.pickLoop()
-		return c.l.register(c.fd, c.gen, c.events)
+		if e = c.l.register(c.fd, c.gen, events); e != 0 {
+			c.l = nil
+		}
+	} else {
+		e = c.l.modify(c.fd, c.gen, c.events|events)
 	}
-	return c.l.modify(c.fd, c.gen, c.events)
+	if e == 0 { // else nothing will be reported
+		c.events |= events
+	}
+	return e
 }
 
 // Read reads what is there, and waits for it if there is nothing. It returns

@@ -80,11 +80,16 @@ func (p *poller) watch(turns func(uintptr) bool) error {
 
 // fetch takes ready events, none if there are none; it does not wait.
 func (p *poller) fetch() int {
-	n, _, e := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), 0, 0, 0)
-	if e != 0 {
-		return 0
+	for {
+		n, _, e := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd), uintptr(unsafe.Pointer(&p.events[0])), uintptr(len(p.events)), 0, 0, 0)
+		switch e {
+		case 0:
+			return int(n)
+		case unix.EINTR: // what was ready is not reported again to whoever sleeps
+		default:
+			return 0
+		}
 	}
-	return int(n)
 }
 
 // woken tells whether the event was made by wake. What wake has written is not

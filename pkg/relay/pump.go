@@ -141,6 +141,8 @@ func (s *Stream) nothing(i int, e unix.Errno) {
 	switch e {
 	case unix.EAGAIN:
 		s.side[i].readable = false
+		// A socket that failed for want of memory, not by its peer, reports no end.
+		s.half[i].eof = s.side[i].err != 0
 	case unix.EINTR:
 	case 0:
 		s.half[i].eof = true

@@ -216,7 +216,7 @@ func (s *Stream) register(i int) {
 	d.conn.l = s.l
 	if e := s.l.register(d.fd, d.conn.gen, d.events); e != 0 {
 		s.fail(i, e)
-		s.settle()
+		s.advance(nil, joinBudget)
 	}
 }
 
