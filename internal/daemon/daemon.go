@@ -331,6 +331,7 @@ func (d *Daemon) take(ctx context.Context, g *errgroup.Group) *part {
 	for _, ln := range d.flows.Listeners() {
 		p.task("tcp", func(ctx context.Context) error { return d.engine.Serve(ctx, ln, d.gateway.Handle) })
 	}
+	p.task("udp", d.packets.Watch)
 	d.packets.Attach()
 	d.packets.Inject(left.datagrams)
 	if d.dns != nil {

@@ -1,6 +1,8 @@
 package relay
 
 import (
+	"context"
+	"os"
 	"slices"
 	"sync"
 
@@ -29,9 +31,34 @@ func (u *UDP) Detach() [][]flow.Datagram {
 func (u *UDP) Attach() {
 	u.each(func(_ int, sh *shard) {
 		for _, src := range sh.sources {
-			src.Control(func(fd int) error { sh.register(fd, ref{source: src}); return nil })
+			src.Control(func(fd int) error {
+				if e := sh.register(fd, ref{source: src}); e != 0 {
+					u.lost(os.NewSyscallError("epoll_ctl", e))
+				}
+				return nil
+			})
 		}
 	})
+}
+
+// Watch returns an error as soon as one of the sources is not read any more, since
+// that has failed, and nil when ctx ends. One caller is told.
+func (u *UDP) Watch(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-u.losses:
+		return err
+	}
+}
+
+// lost has Watch tell of a source that is not read.
+func (u *UDP) lost(err error) {
+	u.log.Error("datagrams are not received", "err", err)
+	select {
+	case u.losses <- err:
+	default: // there is an earlier one
+	}
 }
 
 // Inject carries datagrams as if they had come from the sources.

@@ -234,7 +234,7 @@ func (sh *shard) fromClients(src flow.PacketSource) {
 	n, err := src.TryReadBatch(sh.batch[:])
 	if err != nil {
 		if !sh.stopped.Load() {
-			sh.u.log.Error("receiving datagrams", "err", err)
+			sh.u.lost(err)
 		}
 		// It would be reported for ever.
 		src.Control(func(fd int) error { sh.forget(fd); sh.control(unix.EPOLL_CTL_DEL, int32(fd), 0, 0); return nil })

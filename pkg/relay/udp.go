@@ -228,6 +228,7 @@ type UDP struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	closing  sync.Once
+	losses   chan error     // see Watch
 	routines sync.WaitGroup // loops and the clock
 	opening  sync.WaitGroup // calls of Way.Open
 }
@@ -258,7 +259,7 @@ func NewUDP(o UDPOptions) (*UDP, error) {
 	if o.tick <= 0 {
 		o.tick = time.Second
 	}
-	u := &UDP{o: o, log: o.Log}
+	u := &UDP{o: o, log: o.Log, losses: make(chan error, 1)}
 	if u.o.ID == nil {
 		u.o.ID = func() uint64 { return u.ids.Add(1) }
 	}

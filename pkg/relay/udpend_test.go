@@ -268,13 +268,21 @@ func TestUDPPair(t *testing.T) {
 	}
 }
 
-// A source that fails is no longer read; the others are.
+// A source that fails is no longer read, which Watch tells; the others are.
 func TestUDPSourceFails(t *testing.T) {
 	a, b := newInjector(t), newInjector(t)
 	r := newUDPRig(t, UDPOptions{Sources: [][]flow.PacketSource{{a, b}}})
 	a.fail = errors.New("broken")
 	a.put(datagram(client1, web, "never"))
 	r.settle()
+	if err := r.Watch(t.Context()); err == nil || err.Error() != "broken" {
+		t.Errorf("Watch: %v", err)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if err := r.Watch(ended); err != nil {
+		t.Errorf("Watch until its context ends: %v", err)
+	}
 	a.fail = nil
 	a.put(datagram(client1, web, "never"))
 	b.put(datagram(client2, game, "hello"))
