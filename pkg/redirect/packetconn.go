@@ -41,6 +41,7 @@ var _ flow.PacketSource = (*packetConn)(nil)
 // made once, since a new one would be an allocation for each batch.
 type reader struct {
 	try     func(fd uintptr) bool
+	at      unix.Sockaddr // the address that it is bound to
 	want    int
 	got     int
 	errno   unix.Errno
@@ -64,10 +65,20 @@ type writer struct {
 	headers [batch][maxHeader]byte
 }
 
+// receiveTries is how often receiving is tried again after an error. One that waits
+// at the socket is told once, and says nothing of the queue.
+const receiveTries = 8
+
 // newPacketConn owns recv from then on, unless there is an error.
 func newPacketConn(recv *socket, v6 bool, m Marks) (*packetConn, error) {
 	c := &packetConn{v6: v6, recv: recv}
-	var err error
+	err := recv.control(func(fd int) (err error) {
+		c.reader.at, err = unix.Getsockname(fd)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
 	// Of protocol IPPROTO_RAW a socket receives nothing, and sends whole packets,
 	// but none that is longer than its way allows.
 	if c.send, err = rawSocket(unix.IPPROTO_RAW, v6, m); err != nil {
@@ -135,10 +146,15 @@ func (r *reader) init() {
 			h.SetControllen(controlSize)
 			h.Flags = 0
 		}
-		for {
+		for again := receiveTries; ; again-- {
 			r.got, r.errno = recvmmsg(int(fd), r.msgs[:r.want])
-			if r.errno != unix.EINTR {
+			if r.errno == 0 || r.errno == unix.EAGAIN || again == 0 {
 				return r.errno != unix.EAGAIN
+			}
+			if r.errno == unix.ECONNABORTED { // ss -K, which takes a port that was not asked for by its number
+				if err := unix.Bind(int(fd), r.at); err != nil && err != unix.EINVAL { // EINVAL: it has it still
+					return true
+				}
 			}
 		}
 	}
