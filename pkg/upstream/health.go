@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -53,6 +54,10 @@ type health struct {
 	noUDP      time.Time // until then it is not asked for UDP, which it does not have
 	noIPv6     time.Time // the same of IPv6 addresses
 	associated uint64
+	told       struct { // see tell
+		since time.Time
+		n     int // changes since then
+	}
 
 	warm warm
 }
@@ -122,7 +127,7 @@ func (h *health) note(v verdict, err error) {
 			return
 		}
 		if !h.bad {
-			o.Log.Warn("server is asked last until it answers again", "upstream", h.server.Name, "err", err)
+			h.tell(slog.LevelWarn, "server is asked last until it answers again", err)
 		}
 		h.bad, h.retry = true, time.Now().Add(o.BadExpire)
 		h.dropWarm()
@@ -131,10 +136,38 @@ func (h *health) note(v verdict, err error) {
 		h.fails = 0
 		if h.bad {
 			h.bad, h.half = false, false
-			o.Log.Info("server is back", "upstream", h.server.Name)
+			h.tell(slog.LevelInfo, "server is back", nil)
 		}
 	}
 }
+
+// tell logs that the server has become bad or good. One that comes and goes with
+// every flow would fill the log: of more than tellMost changes in a tellSpan the
+// rest is counted.
+func (h *health) tell(level slog.Level, change string, err error) {
+	now, log := time.Now(), h.p.options.Load().Log.With("upstream", h.server.Name)
+	if now.Sub(h.told.since) >= tellSpan {
+		if h.told.n > tellMost {
+			log.Info("server has come and gone", "changes", h.told.n)
+		}
+		h.told.since, h.told.n = now, 0
+	}
+	switch h.told.n++; {
+	case h.told.n > tellMost:
+		return
+	case err != nil:
+		log = log.With("err", err)
+	}
+	log.Log(context.Background(), level, change)
+	if h.told.n == tellMost {
+		log.Warn("server comes and goes, more of that is not logged for a while", "limit", tellSpan)
+	}
+}
+
+const (
+	tellSpan = time.Minute
+	tellMost = 8
+)
 
 // up tells whether a flow would be let in in its turn.
 func (h *health) up() bool {

@@ -74,6 +74,39 @@ func TestHealth(t *testing.T) {
 	})
 }
 
+// TestTell: a server that comes and goes does not fill the log, and what was left
+// out is told of.
+func TestTell(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &lab{hosts: map[string]behaviour{addrA: refuses}}
+		var log bytes.Buffer
+		p := l.pool(t, Options{BadExpire: time.Nanosecond, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		change := func(n int) {
+			for i := range n {
+				l.set(addrA, []behaviour{refuses, replies(0)}[i%2])
+				time.Sleep(time.Nanosecond)
+				connect(t, p, serverA)
+			}
+		}
+		told := func(what string, want map[string]int) {
+			t.Helper()
+			for line, n := range want {
+				if got := strings.Count(log.String(), line); got != n {
+					t.Errorf("%s: %d lines %q, want %d:\n%s", what, got, line, n, &log)
+				}
+			}
+			log.Reset()
+		}
+		change(6)
+		told("a few", map[string]int{"asked last": 3, "is back": 3, "comes and goes": 0})
+		change(100)
+		told("many", map[string]int{"asked last": 1, "is back": 1, "comes and goes": 1})
+		time.Sleep(tellSpan)
+		change(2)
+		told("later", map[string]int{"asked last": 1, "is back": 1, "come and gone\" upstream=a changes=106": 1})
+	})
+}
+
 // TestProbes: who is probed, how often, and what ends it.
 func TestProbes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -42,8 +42,8 @@ func judge(err error) verdict {
 	if err == nil {
 		return well
 	}
-	// No descriptor, no memory, no port left.
-	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
+	// No descriptor, no memory, no port, no watch of epoll left.
+	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL, syscall.ENOSPC} {
 		if errors.Is(err, e) {
 			return unknown
 		}
