@@ -168,6 +168,19 @@ func (e *estate) close() {
 	}
 }
 
+// keep closes the descriptors of all names but those.
+func (e *estate) keep(names ...string) {
+	var kept estate
+	for i, n := range e.Names {
+		if slices.Contains(names, n) {
+			kept.add(n, e.files[i])
+		} else {
+			e.files[i].Close()
+		}
+	}
+	e.Names, e.files = kept.Names, kept.files
+}
+
 // hold is the kernel's; nil: there is none.
 func (e *estate) hold() *redirect.Hold {
 	if e.one(fileKernel) == nil {

@@ -81,7 +81,7 @@ func (d *Daemon) handOver(ctx context.Context, c *call, taking *part) (gone bool
 	if err != nil {
 		c.end(err)
 		d.log.Error("a process has not taken over, this one goes on", "pid", c.pid, "err", err, "dur", time.Since(began).Round(time.Millisecond))
-		return false, d.goOn(e, left)
+		return false, d.goOn(ctx, e, left)
 	}
 	d.kernel.Release()
 	d.names.Release()
@@ -234,8 +234,9 @@ func (c *call) end(err error) {
 	c.Close()
 }
 
-// goOn takes everything back that is in the estate, for take.
-func (d *Daemon) goOn(e *estate, r *remains) (err error) {
+// goOn takes everything back that is in the estate, for take. With no descriptor
+// left that has to wait for one: what is carried is worth more than to end.
+func (d *Daemon) goOn(ctx context.Context, e *estate, r *remains) (err error) {
 	d.lastTallies.Store(nil)
 	if r.lent {
 		if err := d.kernel.TakeBack(); err != nil {
@@ -246,12 +247,28 @@ func (d *Daemon) goOn(e *estate, r *remains) (err error) {
 		d.names.TakeBack()
 	}
 	d.noteDecided(d.setup)
-	if r.stopped && d.dns != nil {
-		d.dns, err = redirect.TakeDNS(d.mark, e.of(fileDNSUDP), e.of(fileDNSTCP))
-	}
 	d.unanswered = r.unanswered
+	if !r.stopped || d.dns == nil {
+		return nil
+	}
+	e.keep(fileDNSUDP, fileDNSTCP)
+	for tries := range goOnLimit / goOnPause {
+		d.dns, err = redirect.TakeDNS(d.mark, e.of(fileDNSUDP), e.of(fileDNSTCP))
+		if err == nil || ctx.Err() != nil {
+			break
+		}
+		if tries == 0 {
+			d.log.Error("nothing is taken before this works", "err", err)
+		}
+		time.Sleep(goOnPause)
+	}
 	return err
 }
+
+const (
+	goOnPause = 50 * time.Millisecond
+	goOnLimit = time.Minute
+)
 
 // words is a message of one word, or of why there is none.
 type words struct {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/miekg/dns"
 	"github.com/tproxyd/tproxyd/internal/socksserver"
+	"golang.org/x/sys/unix"
 )
 
 // takeover has a new process take the place of the daemon's, which it returns.
@@ -279,20 +280,7 @@ func TestTakeoverSilent(t *testing.T) {
 	w := newWorld(t)
 	startMicrosocks(t, w.socks1, socks1At+":1080")
 	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
-	var next *process
-	for delay := 10 * time.Millisecond; ; delay += 5 * time.Millisecond { // until it is met in the middle
-		next = d.attempt(t)
-		time.Sleep(delay)
-		next.cmd.Process.Signal(syscall.SIGSTOP)
-		time.Sleep(50 * time.Millisecond) // what it has sent is heard
-		if strings.Contains(d.process.output(), "handed over") {
-			t.Fatal("the process was never met in the middle")
-		}
-		if !w.served() {
-			break
-		}
-		next.kill()
-	}
+	next := w.halfway(t, d)
 	began := time.Now()
 	if code, ended := next.wait(20 * time.Second); !ended || code != 128+int(syscall.SIGKILL) {
 		t.Errorf("the silent one: ended %v, exit %d", ended, code)
@@ -304,6 +292,52 @@ func TestTakeoverSilent(t *testing.T) {
 	if out := d.output(); !strings.Contains(out, "this one goes on") {
 		t.Errorf("the log says\n%s", out)
 	}
+}
+
+// halfway starts a process that is to take over and stops it when the daemon has
+// stopped answering for it.
+func (w *world) halfway(t *testing.T, d *daemon) *process {
+	t.Helper()
+	for delay := 10 * time.Millisecond; ; delay += 5 * time.Millisecond { // until it is met in the middle
+		next := d.attempt(t)
+		time.Sleep(delay)
+		next.cmd.Process.Signal(syscall.SIGSTOP)
+		time.Sleep(50 * time.Millisecond) // what it has sent is heard
+		if strings.Contains(d.process.output(), "handed over") {
+			t.Fatal("the process was never met in the middle")
+		}
+		if !w.served() {
+			return next
+		}
+		next.kill()
+	}
+}
+
+// TestTakeoverNoWayBack: a process fails to take over, and the daemon has no
+// descriptor for what it needs to go on: it carries its flows, and serves as soon as
+// there is one.
+func TestTakeoverNoWayBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	startMicrosocks(t, w.socks1, socks1At+":1080")
+	d := serve(t, w.gateway, settings{routes: "SOCKD5 @=198.51.100.11 *\n"})
+	flows := w.startEchoes(t, 4)
+	next := w.halfway(t, d)
+	var old unix.Rlimit
+	w.gateway.must(t, unix.Prlimit(d.pid(), unix.RLIMIT_NOFILE, nil, &old))
+	w.gateway.must(t, unix.Prlimit(d.pid(), unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 10, Max: old.Max}, nil))
+	next.kill()
+	eventually(t, 5*time.Second, "it cannot go on", func() bool { return strings.Contains(d.output(), "nothing is taken before this works") })
+	if w.served() {
+		t.Error("a question is answered: there were descriptors, and the test shows nothing")
+	}
+	w.gateway.must(t, unix.Prlimit(d.pid(), unix.RLIMIT_NOFILE, &old, nil))
+	eventually(t, 5*time.Second, "the daemon goes on", w.served)
+	if err := w.get(netip.MustParseAddr(outsideAt)); err != nil {
+		t.Error(err)
+	}
+	flows.finish(t)
+	d.stop(t)
 }
 
 // served tells whether a question is answered within a moment.
