@@ -30,8 +30,7 @@ const copyBuffer = 32 << 10
 // A FIN is passed on with CloseWrite if the connection has it. One that has
 // not cannot be told that its peer is done, so the flow ends there.
 func Copy(ctx context.Context, clientConn, serverConn net.Conn, o CopyOptions) Result {
-	c := &copier{conn: [2]net.Conn{clientConn, serverConn}, seen: [2]*atomic.Uint64{o.Up, o.Down}, idle: o.Idle, half: o.HalfClosed}
-	c.touch()
+	c := &copier{conn: [2]net.Conn{clientConn, serverConn}, seen: [2]*atomic.Uint64{o.Up, o.Down}, idle: o.Idle, half: o.HalfClosed, began: time.Now()}
 	stop := context.AfterFunc(ctx, func() { c.end(Killed, nil) })
 	defer stop()
 	c.mu.Lock()
@@ -57,7 +56,8 @@ type copier struct {
 	conn  [2]net.Conn
 	moved [2]atomic.Uint64
 	seen  [2]*atomic.Uint64 // CopyOptions.Up and Down
-	last  atomic.Int64      // time of the last activity, Unix nanoseconds
+	began time.Time
+	last  atomic.Int64 // the last activity, nanoseconds after began: the clock of the host may be set
 
 	idle, half time.Duration
 
@@ -69,7 +69,10 @@ type copier struct {
 	timer  *time.Timer // for the limit that holds now; nil: none
 }
 
-func (c *copier) touch() { c.last.Store(time.Now().UnixNano()) }
+func (c *copier) touch() { c.last.Store(int64(time.Since(c.began))) }
+
+// quiet is how long nothing has moved.
+func (c *copier) quiet() time.Duration { return time.Since(c.began) - time.Duration(c.last.Load()) }
 
 func (c *copier) copyFrom(i int, early []byte) {
 	err, writing := c.write(i, early)
@@ -167,7 +170,7 @@ func (c *copier) watch() {
 	if limit <= 0 {
 		return
 	}
-	left := time.Until(time.Unix(0, c.last.Load()).Add(limit))
+	left := limit - c.quiet()
 	if c.timer == nil {
 		c.timer = time.AfterFunc(left, c.expire)
 		return
@@ -186,7 +189,7 @@ func (c *copier) expire() {
 	if (c.ended[0] || c.ended[1]) && c.half > 0 && (limit == 0 || c.half < limit) {
 		limit, why = c.half, HalfClosedTimeout
 	}
-	if time.Since(time.Unix(0, c.last.Load())) < limit {
+	if c.quiet() < limit {
 		c.watch()
 		return
 	}
