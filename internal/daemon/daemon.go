@@ -16,7 +16,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -262,8 +261,8 @@ func (d *Daemon) noteDecided(s *Setup) {
 
 // Run serves until ctx ends or a part fails, and takes everything down. If
 // another process takes over it returns when what is carried has ended.
-func (d *Daemon) Run(ctx context.Context, s Signals) error {
-	defer d.stop()
+func (d *Daemon) Run(ctx context.Context, s Signals) (err error) {
+	defer func() { d.stop(err == nil) }()
 	line := d.readyLine() // before there is somebody who can ask for a reload
 	d.mu.Lock()
 	d.version = s.Version
@@ -296,10 +295,12 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	rest := newPart(ctx, g)
 	rest.task("memory", d.giveBack)
 	rest.task("signals", func(ctx context.Context) error { return d.watchReload(ctx, s.Reload) })
+	if d.before != nil && !settled(ctx) {
+		return g.Wait()
+	}
+	d.claim()
+	d.takeQuestions(taking)
 	if d.before != nil {
-		d.inherited = false
-		d.before.call.say(wordServing) // if it is gone already, it is not missed
-		d.before.call.SetDeadline(time.Time{})
 		rest.task("the process before", d.watch)
 	}
 	rest.task("takeover", func(ctx context.Context) error { return d.awaitSuccessor(ctx, g, taking, reach) })
@@ -310,10 +311,10 @@ func (d *Daemon) Run(ctx context.Context, s Signals) error {
 	if d.before == nil {
 		d.announce()
 	}
-	if err := g.Wait(); !errors.Is(err, errDrained) {
-		return err
+	if err = g.Wait(); errors.Is(err, errDrained) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // announce tells systemd that this process serves, and what is to be kept for it.
@@ -322,45 +323,6 @@ func (d *Daemon) announce() {
 	defer d.mu.Unlock()
 	notifyReady(d.readyLine())
 	d.stored = d.store()
-}
-
-// take serves flows and questions, first those that wait for it.
-func (d *Daemon) take(ctx context.Context, g *errgroup.Group) *part {
-	p, left := newPart(ctx, g), d.unanswered
-	d.unanswered = unanswered{}
-	for _, ln := range d.flows.Listeners() {
-		p.task("tcp", func(ctx context.Context) error { return d.engine.Serve(ctx, ln, d.gateway.Handle) })
-	}
-	p.task("udp", d.packets.Watch)
-	d.packets.Attach()
-	d.packets.Inject(left.datagrams)
-	if d.dns != nil {
-		for i, pc := range d.dns.UDP {
-			p.task("dns", func(ctx context.Context) error { return d.names.ServeUDP(ctx, pc, left.of(i == 0)...) })
-		}
-		for i, ln := range d.dns.TCP.Listeners() {
-			if i > 0 {
-				left.streams = nil
-			}
-			streams := left.streams
-			p.task("dns", func(ctx context.Context) error { return d.names.ServeTCP(ctx, ln, streams...) })
-		}
-	}
-	p.task("kernel's log", func(ctx context.Context) error { return d.kernel.Logged(ctx, d.logged) })
-	p.task("kernel", func(ctx context.Context) error {
-		return d.kernel.Heal(ctx, func(what string) {
-			if what == "cgroup" {
-				d.log.Info("cgroups that rules name have come or gone, and the table follows")
-				return
-			}
-			if name, ok := strings.CutPrefix(what, "link "); ok {
-				d.log.Info("interface is up", "interface", name)
-				return
-			}
-			d.log.Warn("put right what somebody else changed", "what", what)
-		})
-	})
-	return p
 }
 
 // awaitSuccessor gives the daemon's place to the first process that can take it,
@@ -381,6 +343,7 @@ func (d *Daemon) awaitSuccessor(ctx context.Context, g *errgroup.Group, taking, 
 			}
 			if taking.ctx.Err() != nil {
 				taking = d.take(ctx, g)
+				d.takeQuestions(taking)
 			}
 		}
 	}
@@ -399,18 +362,16 @@ func (d *Daemon) readyLine() string {
 }
 
 // stop ends what runs. With fail = "closed" the kernel's table stays and
-// refuses what would have been proxied.
-func (d *Daemon) stop() {
+// refuses what would have been proxied. Asked says that it is somebody's will: then
+// those before this one end too, and otherwise they carry on what they have.
+func (d *Daemon) stop(asked bool) {
 	d.mu.Lock() // a reload that is under way comes to its end, a later one finds the kernel closed
 	defer d.mu.Unlock()
 	if !d.takenOver {
 		notifyStopping()
 	}
 	d.log.Info("stopping")
-	d.before.stop()
-	if d.before != nil {
-		d.before.call.Close()
-	}
+	d.before.leave(asked)
 	if d.stored && d.setup.Config.Intercept.Fail == config.FailClosed {
 		d.kernel.Release() // flows wait in the sockets as long as systemd has them
 	}

@@ -30,7 +30,7 @@ import (
 //	makes everything, the kernel's plan
 //	prepared ─────────────────────────►
 //	◄──────────────────────────── word  "go": it is the successor's
-//	serves
+//	serves flows, and if it lacks nothing for that
 //	serving ──────────────────────────► closes its copies, carries on what it has
 //	◄────────────────────── carrier …   what is left, until it ends
 //	rules … ──────────────────────────► after a reload
@@ -221,11 +221,7 @@ func (e *estate) control(path string) (net.Listener, error) {
 	if f == nil {
 		return control.Listen(path)
 	}
-	ln, err := net.FileListener(f)
-	if u, ok := ln.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(true)
-	}
-	return ln, err
+	return net.FileListener(f) // which leaves the path; see claim
 }
 
 func (e *estate) metrics(address string) (net.Listener, error) {

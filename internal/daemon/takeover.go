@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -132,9 +131,6 @@ func (d *Daemon) disown() {
 	if d.names != nil {
 		d.names.Release()
 	}
-	if u, ok := d.socket.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false)
-	}
 	for _, s := range d.unanswered.streams {
 		s.Conn.Close()
 	}
@@ -203,8 +199,17 @@ func (p *predecessor) bytes() (up, down uint64) {
 // tell tells it by which rules flows are decided from now on.
 func (p *predecessor) tell(rules string) { p.say(ruling{Rules: rules}) }
 
-// stop has it end, as the operator has stopped what took its place.
-func (p *predecessor) stop() { p.say(ruling{Stop: true}) }
+// leave ends the connection to it. It ends too if what took its place was stopped by
+// somebody who asked for that, and else carries on what it has.
+func (p *predecessor) leave(asked bool) {
+	if p == nil {
+		return
+	}
+	if asked {
+		p.say(ruling{Stop: true})
+	}
+	p.call.Close()
+}
 
 func (p *predecessor) say(r ruling) {
 	if p.ended() {

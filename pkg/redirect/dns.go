@@ -30,9 +30,22 @@ func ListenDNS(m Marks) (*DNS, error) {
 		tcp.Close()
 		return nil, fmt.Errorf("redirect: %w", err)
 	}
+	return newDNS(tcp, pair, port)
+}
+
+// newDNS owns the sockets, which are ready to be waited for: what that takes is not
+// missed only when somebody serves.
+func newDNS(tcp *Listener, udp []*packetConn, port uint16) (*DNS, error) {
 	d := &DNS{TCP: tcp, port: port}
-	for _, c := range pair {
+	var errs []error
+	for _, c := range udp {
 		d.UDP = append(d.UDP, c)
+		_, err := c.recv.polled()
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		d.Close()
+		return nil, err
 	}
 	return d, nil
 }

@@ -291,11 +291,7 @@ func TakeDNS(m Marks, udp, tcp []*os.File) (*DNS, error) {
 		l.Close()
 		return nil, err
 	}
-	d := &DNS{TCP: l, port: port}
-	for _, c := range append(v4, v6...) {
-		d.UDP = append(d.UDP, c)
-	}
-	return d, nil
+	return newDNS(l, append(v4, v6...), port)
 }
 
 // takeSockets makes packetConns of sockets of one port: as many of IPv6 as of

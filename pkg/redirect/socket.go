@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -118,6 +119,9 @@ func (s *socket) polled() (syscall.RawConn, error) {
 		}
 		f := os.NewFile(uintptr(fd), "socket")
 		c, err := f.SyscallConn()
+		if err == nil {
+			err = f.SetDeadline(time.Time{}) // fails if the poller could not take it
+		}
 		if err != nil {
 			f.Close()
 			return nil, fmt.Errorf("redirect: socket: %w", err)

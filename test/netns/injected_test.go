@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -32,7 +33,7 @@ func TestInjected(t *testing.T) {
 			call, _, _ := strings.Cut(fault, ":")
 			s := w.gateway.start(t, command{args: []string{tool(t, "strace"), "-f", "-qq", "-o", "/dev/null", "-p", fmt.Sprint(d.pid()),
 				"-e", "trace=" + call, "-e", "inject=" + fault + ":when=5+7"}})
-			eventually(t, 5*time.Second, "strace is at work", func() bool { return d.traced(t) })
+			eventually(t, 5*time.Second, "strace is at work", func() bool { return !slices.Contains(d.tracers(t), 0) })
 			o := w.storm(300, time.Millisecond)
 			t.Log(o)
 			if o.hung != 0 || o.served < 60 || len(o.other) > 0 {
@@ -67,10 +68,27 @@ func TestInjected(t *testing.T) {
 	}
 }
 
-// traced tells whether a tracer holds every thread of the daemon.
-func (d *daemon) traced(t testing.TB) bool {
+// tracers returns who traces each thread of the daemon; 0: nobody.
+func (d *daemon) tracers(t testing.TB) (pids []int) {
 	t.Helper()
-	return !strings.Contains(d.host.run(t, command{args: []string{"/bin/sh", "-c", fmt.Sprintf("cat /proc/%d/task/*/status", d.pid())}}).ok(t).out, "TracerPid:\t0\n")
+	all := d.host.run(t, command{args: []string{"/bin/sh", "-c", fmt.Sprintf("cat /proc/%d/task/*/status", d.pid())}}).out // threads come and go
+	for line := range strings.Lines(all) {
+		var pid int
+		if n, _ := fmt.Sscanf(line, "TracerPid: %d", &pid); n == 1 {
+			pids = append(pids, pid)
+		}
+	}
+	if len(pids) == 0 {
+		t.Fatalf("it has ended\n%s", d.output())
+	}
+	return pids
+}
+
+// untrace ends the strace that the daemon was started by.
+func (d *daemon) untrace(t testing.TB) {
+	t.Helper()
+	syscall.Kill(slices.Max(d.tracers(t)), syscall.SIGINT)
+	eventually(t, 5*time.Second, "strace has ended", func() bool { return slices.Max(d.tracers(t)) == 0 })
 }
 
 // TestSocketsKilled: an administrator who ends sockets by ss -K ends flows; datagrams
@@ -99,4 +117,40 @@ func TestSocketsKilled(t *testing.T) {
 		t.Errorf("%d packets leaked:\n%s", n, who)
 	}
 	d.stop(t)
+}
+
+// TestTakeoverInjected: whatever a process lacks that takes over, the daemon that
+// serves goes on, or the new one serves; no flow is cut.
+func TestTakeoverInjected(t *testing.T) {
+	t.Parallel()
+	w, d := leakWorld(t)
+	d.start(t)
+	w.observe(t)
+	flows := w.startEchoes(t, 4)
+	outcome := map[string]int{}
+	for n := 1; n <= 12; n++ {
+		next := w.gateway.start(t, command{args: []string{tool(t, "strace"), "-D", "-I", "1", "-f", "-qq", "-o", "/dev/null", "-e", "trace=epoll_ctl",
+			"-e", fmt.Sprintf("inject=epoll_ctl:error=ENOSPC:when=%d", n), d.bin, "serve", "--takeover", "-c", d.config}})
+		eventually(t, 15*time.Second, "it serves, or has ended", func() bool {
+			return !next.running() || strings.Contains(next.output(), "ready")
+		})
+		if next.running() {
+			outcome["took over"]++
+			d.process = next
+			d.untrace(t) // nothing fails any longer
+		} else {
+			outcome["ended"]++
+		}
+		for _, at := range []string{outsideAt, outsideAt6} {
+			if err := w.get(netip.MustParseAddr(at)); err != nil {
+				t.Errorf("call %d: %v\n%s", n, err, next.output())
+			}
+		}
+		d.cli(t, "status", "-c", d.config).ok(t)
+	}
+	t.Log(outcome)
+	flows.finish(t)
+	if n, who := w.leaked(t); n != 0 {
+		t.Errorf("%d packets leaked:\n%s", n, who)
+	}
 }

@@ -94,7 +94,7 @@ func TestTakenOverEnds(t *testing.T) {
 }
 
 // TestTakenOverFollows: the new process is stopped, and the old one with it; it
-// dies, and the old one carries on, by the rules of whoever serves next.
+// dies or fails, and the old one carries on, by the rules of whoever serves next.
 func TestTakenOverFollows(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -135,6 +135,14 @@ func TestTakenOverFollows(t *testing.T) {
 
 	alive := dial(outsideAt)
 	defer alive.Close()
+	d.takeover(t)
+	w.gateway.run(t, command{args: []string{tool(t, "ss"), "-K", "-t", "-n", "state", "listening"}}).ok(t)
+	if code, ended := d.process.wait(5 * time.Second); !ended || code != 1 {
+		t.Errorf("with no listener: ended %v, exit %d", ended, code)
+	}
+	talk(t, alive)
+	d.start(t)
+	talk(t, alive)
 	old = d.takeover(t)
 	d.stop(t)
 	if code, ended := old.wait(5 * time.Second); !ended || code != 0 {
