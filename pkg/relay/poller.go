@@ -1,10 +1,12 @@
 package relay
 
 import (
+	"fmt"
 	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -45,6 +47,10 @@ func (p *poller) open() error {
 	}
 	p.epfd, p.events = epfd, make([]unix.EpollEvent, loopEvents)
 	p.file = os.NewFile(uintptr(epfd), "epoll")
+	if err := p.file.SetDeadline(time.Time{}); err != nil { // Go's poller could not take it
+		p.file.Close()
+		return fmt.Errorf("epoll: %w", err)
+	}
 	if p.wakefd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		p.file.Close()
 		return os.NewSyscallError("eventfd", err)
