@@ -43,15 +43,14 @@ func (s *Server) ServeTCP(ctx context.Context, ln net.Listener, first ...Stream)
 	for _, st := range first {
 		serve(st)
 	}
+	door := &door{ln: ln, away: func() { s.count.dropped.Add(1) }}
+	door.restore()
+	defer door.close()
 	for {
-		c, err := ln.Accept()
+		c, err := door.accept()
 		if err != nil {
 			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 				return nil
-			}
-			if isTemporary(err) {
-				time.Sleep(10 * time.Millisecond)
-				continue
 			}
 			return err
 		}
@@ -62,6 +61,51 @@ func (s *Server) ServeTCP(ctx context.Context, ln net.Listener, first ...Stream)
 		}
 		serve(Stream{Conn: tcp})
 	}
+}
+
+// door lets clients in. It keeps a descriptor back, so that when there is no other a
+// client is turned away, and does not wait.
+type door struct {
+	ln    net.Listener
+	away  func()   // is called when one was
+	spare *os.File // nil: it is in use, or there was none
+}
+
+func (d *door) accept() (net.Conn, error) {
+	for {
+		c, err := d.ln.Accept()
+		switch {
+		case err == nil && d.restore():
+			return c, nil
+		case err == nil: // it has the place of the spare one
+			if tcp, ok := c.(*net.TCPConn); ok {
+				tcp.SetLinger(0)
+			}
+			c.Close()
+			d.away()
+			d.restore()
+		case !isTemporary(err):
+			return nil, err
+		case d.spare != nil:
+			d.close() // for the next try
+		default:
+			time.Sleep(10 * time.Millisecond)
+			d.restore()
+		}
+	}
+}
+
+// restore tells whether there is a descriptor that is kept back.
+func (d *door) restore() bool {
+	if d.spare == nil {
+		d.spare, _ = os.Open(os.DevNull)
+	}
+	return d.spare != nil
+}
+
+func (d *door) close() {
+	d.spare.Close() // of nil too
+	d.spare = nil
 }
 
 // isTemporary tells errors of accept(2) that pass: no descriptors, a client

@@ -360,6 +360,21 @@ func TestDescriptors(t *testing.T) {
 		t.Errorf("taking over without descriptors: exit %d\n%s", out.code, out.err)
 	}
 	d.troubled(t, "want of descriptors")
+	limit(d.descriptors(t))
+	for range 2 { // then not one is left
+		if c, err := w.client.dial("tcp", outsideNS+":53", time.Second); err == nil {
+			open = append(open, c)
+		}
+	}
+	for range 5 {
+		began := time.Now()
+		err := w.client.in(func() error {
+			c := dns.Client{Net: "tcp", Timeout: 5 * time.Second}
+			_, _, err := c.Exchange(new(dns.Msg).SetQuestion("www.example.org.", dns.TypeA), outsideNS+":53")
+			return err
+		})
+		atOnce(t, "a question over TCP", began, err)
+	}
 	for _, c := range open {
 		c.Close()
 	}
