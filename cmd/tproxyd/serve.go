@@ -42,6 +42,8 @@ runs it starts as always.`,
 		if err != nil {
 			return err
 		}
+		slog.SetDefault(log) // what net/http prints goes the same way
+		slog.SetLogLoggerLevel(slog.LevelWarn)
 		if e.getenv(searcherVariable) != "" {
 			return failed(e.search())
 		}

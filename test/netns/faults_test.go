@@ -373,7 +373,9 @@ func TestDescriptors(t *testing.T) {
 			_, _, err := c.Exchange(new(dns.Msg).SetQuestion("www.example.org.", dns.TypeA), outsideNS+":53")
 			return err
 		})
-		atOnce(t, "a question over TCP", began, err)
+		if took := time.Since(began); took > atOnceLimit { // answered, or turned away
+			t.Errorf("a question over TCP ended after %v: %v", took, err)
+		}
 	}
 	for _, c := range open {
 		c.Close()
