@@ -107,13 +107,14 @@ type event struct {
 	lost    bool // more came than could be heard
 	links   []string
 	foreign []place // where somebody else put a route
+	again   bool    // nothing was heard: what failed is to be tried again
 }
 
 // place is a routing table of a family.
 type place struct{ family, table int }
 
 func (e *event) empty() bool {
-	return !e.table && !e.policy && !e.lost && len(e.links) == 0 && len(e.foreign) == 0
+	return !e.table && !e.policy && !e.lost && !e.again && len(e.links) == 0 && len(e.foreign) == 0
 }
 
 // Heal looks after what Apply has made until the context ends, and then
@@ -148,6 +149,7 @@ func (r *Redirect) Heal(ctx context.Context, onEvent func(what string)) error {
 	}()
 	g.Go(func() error { return r.listen(ctx, r.monitor.nft, r.monitor.nftEvent, onEvent) })
 	g.Go(func() error { return r.listen(ctx, r.monitor.route, r.monitor.routeEvent, onEvent) })
+	g.Go(func() error { return r.healAgain(ctx, onEvent) })
 	g.Go(func() error { return r.followCgroups(ctx, onEvent) })
 	return g.Wait()
 }
@@ -180,13 +182,55 @@ func (r *Redirect) listen(ctx context.Context, c *netlink.Conn, parse func(*even
 	}
 }
 
-// heal puts right what an event says, and returns what was wrong.
+// The pause before what failed is tried again, at first and at most.
+const (
+	healSoon = 100 * time.Millisecond
+	healLate = 5 * time.Second
+)
+
+// healAgain tries again what heal could not put right: the kernel may have had no
+// memory for it, and does not say when it has.
+func (r *Redirect) healAgain(ctx context.Context, onEvent func(string)) error {
+	for pause := healSoon; ; {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.unhealed:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+		for _, what := range r.heal(&event{again: true}) {
+			onEvent(what)
+		}
+		if pause = min(2*pause, healLate); len(r.unhealed) == 0 {
+			pause = healSoon
+		}
+	}
+}
+
+// heal puts right what an event says, and returns what was wrong. What fails is
+// left to healAgain.
 func (r *Redirect) heal(e *event) []string {
 	if e.empty() {
 		return nil
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if e.again {
+		e.table, e.policy, e.foreign = r.failed.table, r.failed.policy, r.failed.foreign
+		r.failed = event{}
+	}
+	defer func() {
+		if !r.failed.empty() {
+			select {
+			case r.unhealed <- struct{}{}:
+			default:
+			}
+		}
+	}()
 	if r.closed || r.lent || r.plan == nil {
 		return nil
 	}
@@ -199,6 +243,7 @@ func (r *Redirect) heal(e *event) []string {
 	if e.table {
 		if err := r.healTable(); err != nil {
 			r.log.Error("the table cannot be put back", "err", err)
+			r.failed.table = true
 		} else {
 			r.healed.Tables++
 			did = append(did, "table")
@@ -211,6 +256,7 @@ func (r *Redirect) heal(e *event) []string {
 		}
 		if err := r.policy.replace(r.plan, f.family); err != nil {
 			r.log.Error("the route cannot be put back", "err", err)
+			r.failed.foreign = append(r.failed.foreign, f)
 		} else {
 			r.healed.Routes++
 			did = append(did, "route")
@@ -220,6 +266,7 @@ func (r *Redirect) heal(e *event) []string {
 		m, err := r.policy.ensure(r.plan, everyRule)
 		if err != nil && !errors.Is(err, unix.ENETDOWN) { // lo is down: its coming up is an event
 			r.log.Error("the routing cannot be put back", "err", err)
+			r.failed.policy = true
 		}
 		if m.rules > 0 {
 			r.healed.Rules += uint64(m.rules)
@@ -233,6 +280,7 @@ func (r *Redirect) heal(e *event) []string {
 		// changes.
 		if err := r.policy.drop(r.plan); err != nil {
 			r.log.Error("the routing cannot be put right", "err", err)
+			r.failed.policy = true
 		}
 		if m.entries > 0 {
 			r.healed.Marks += uint64(m.entries)

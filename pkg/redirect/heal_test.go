@@ -131,6 +131,32 @@ func (w *world) heal() func(what string) {
 	}
 }
 
+// What cannot be put back at first, for want of memory for one, is tried again.
+func TestHealAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := worldPlan()
+	p.Ports = w.listen()
+	w.r = w.gateway.open(Options{NoOwner: true})
+	w.apply(p)
+	heard := w.heal()
+	w.r.mu.Lock()
+	nf := w.r.nf
+	w.r.nf = &nfnl{fd: -1, buf: nf.buf} // nothing can be asked of the kernel
+	w.r.mu.Unlock()
+	w.gateway.run("nft delete table inet tproxyd")
+	for failed := false; !failed; time.Sleep(10 * time.Millisecond) {
+		w.r.mu.Lock()
+		failed = w.r.failed.table
+		w.r.mu.Unlock()
+	}
+	w.r.mu.Lock()
+	w.r.nf = nf
+	w.r.mu.Unlock()
+	heard("table")
+	w.works()
+}
+
 // Without anybody to put things right: whichever of the three guards is taken
 // away, the others hold. The next Apply puts it back.
 func TestGuards(t *testing.T) {

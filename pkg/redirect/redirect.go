@@ -65,9 +65,11 @@ type Redirect struct {
 	live     string // which of liveSets is in use
 	alive    Marks  // of the table of that name; zero: there is none
 	healed   Healed
-	made     bool // there was no table before Open
-	recalled bool // the table was there, and can be read
-	lent     bool // another process uses the hold
+	failed   event         // what could not be healed
+	unhealed chan struct{} // has something when failed is not empty
+	made     bool          // there was no table before Open
+	recalled bool          // the table was there, and can be read
+	lent     bool          // another process uses the hold
 	closed   bool
 }
 
@@ -77,7 +79,7 @@ type Redirect struct {
 // this process dies. A table that an earlier process left stays in force until
 // Apply. If a living process has it the error is ErrInUse.
 func Open(o Options) (*Redirect, error) {
-	r := &Redirect{log: o.Log, named: make(chan struct{}, 1)}
+	r := &Redirect{log: o.Log, named: make(chan struct{}, 1), unhealed: make(chan struct{}, 1)}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
