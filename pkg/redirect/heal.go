@@ -256,7 +256,9 @@ func (r *Redirect) heal(e *event) []string {
 		}
 		if err := r.policy.replace(r.plan, f.family); err != nil {
 			r.log.Error("the route cannot be put back", "err", err)
-			r.failed.foreign = append(r.failed.foreign, f)
+			if !slices.Contains(r.failed.foreign, f) {
+				r.failed.foreign = append(r.failed.foreign, f)
+			}
 		} else {
 			r.healed.Routes++
 			did = append(did, "route")
