@@ -152,10 +152,11 @@ func (c *Conn) Receive(body any) (m Message, err error) {
 		}
 		return m, fmt.Errorf("handover: %w", err)
 	}
-	text, blob, files := int(binary.LittleEndian.Uint32(head[:])), int(binary.LittleEndian.Uint32(head[4:])), int(binary.LittleEndian.Uint32(head[8:]))
-	if text > MaxText || blob > MaxBlob || files > MaxFiles {
-		return m, fmt.Errorf("handover: a message of %d+%d bytes with %d descriptors is too large", text, blob, files)
+	sizes := [3]uint32{binary.LittleEndian.Uint32(head[:]), binary.LittleEndian.Uint32(head[4:]), binary.LittleEndian.Uint32(head[8:])}
+	if sizes[0] > MaxText || sizes[1] > MaxBlob || sizes[2] > MaxFiles {
+		return m, fmt.Errorf("handover: a message of %d+%d bytes with %d descriptors is too large", sizes[0], sizes[1], sizes[2])
 	}
+	text, blob, files := int(sizes[0]), int(sizes[1]), int(sizes[2])
 	for len(m.Files) < files {
 		got, err := c.receiveFiles()
 		m.Files = append(m.Files, got...)
