@@ -1,8 +1,11 @@
 package clash
 
 import (
+	"errors"
 	"net"
 	"sync"
+	"syscall"
+	"time"
 )
 
 // limited is a listener that accepts no more than there is room for: whoever floods
@@ -16,6 +19,10 @@ type limited struct {
 func (l *limited) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
+		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.ENOBUFS) { // no memory, or no watch of epoll
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // reserve is a listener that keeps a descriptor back, so that one client can be
@@ -46,14 +47,22 @@ func (r *reserve) end() bool {
 	return true
 }
 
-// Accept lends the descriptor if there is no other.
+// Accept lends the descriptor if there is no other. What the kernel has no memory or
+// no watch of epoll for is turned away, and is no end.
 func (r *reserve) Accept() (net.Conn, error) {
-	c, err := r.Listener.Accept()
-	if (errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)) && r.end() {
-		c, err = r.Listener.Accept()
+	for {
+		c, err := r.Listener.Accept()
+		if (errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)) && r.end() {
+			c, err = r.Listener.Accept()
+		}
+		if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.ENOMEM) && !errors.Is(err, syscall.ENOBUFS) {
+			return c, err
+		}
+		time.Sleep(acceptPause)
 	}
-	return c, err
 }
+
+const acceptPause = 10 * time.Millisecond
 
 // closed is told by http.Server of what becomes of connections.
 func (r *reserve) closed(_ net.Conn, s http.ConnState) {

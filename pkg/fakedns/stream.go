@@ -9,8 +9,8 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/tproxyd/tproxyd/pkg/flow"
@@ -108,10 +108,15 @@ func (d *door) close() {
 	d.spare = nil
 }
 
-// isTemporary tells errors of accept(2) that pass: no descriptors, a client
-// that left.
+// isTemporary tells errors of accept(2) that pass: no descriptors, no memory, no
+// watch of epoll, a client that left.
 func isTemporary(err error) bool {
-	return strings.Contains(err.Error(), "too many open files") || strings.Contains(err.Error(), "connection aborted")
+	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ENOSPC, syscall.ECONNABORTED} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // serveStream answers a client's questions one after the other. True: the client
