@@ -128,7 +128,7 @@ func (s *Stream) fill(i int) int {
 		// buffers mean that the socket is empty: no need to ask again.
 		if n < h.pipe.slots && !src.errSeen {
 			src.readable = false
-			h.eof = src.finSeen
+			h.eof = src.last()
 		}
 		return n
 	}
@@ -136,12 +136,15 @@ func (s *Stream) fill(i int) int {
 	return 0
 }
 
+// last tells whether nothing comes after what could be read until now. A socket that
+// failed for want of memory, not by its peer, reports no end.
+func (d *side) last() bool { return d.finSeen || d.err != 0 }
+
 // nothing notes why reading from side i gave no bytes; no error: it has ended.
 func (s *Stream) nothing(i int, e unix.Errno) {
 	switch e {
 	case unix.EAGAIN:
 		s.side[i].readable = false
-		// A socket that failed for want of memory, not by its peer, reports no end.
 		s.half[i].eof = s.side[i].err != 0
 	case unix.EINTR:
 	case 0:
@@ -166,7 +169,7 @@ func (s *Stream) copyChunk(i int, buf []byte) int {
 	}
 	if n < len(buf) && !src.errSeen { // the socket is empty
 		src.readable = false
-		h.eof = src.finSeen
+		h.eof = src.last()
 	}
 	sent, e := s.send(1-i, buf[:n])
 	if e != 0 {
