@@ -165,7 +165,9 @@ func demo(ctx context.Context, out io.Writer) error {
 func rootCause(err error) error {
 	var errno syscall.Errno
 	switch {
-	case errors.Is(err, syscall.EPIPE): // who writes hears this if who reads was told of the reset
+	case errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF):
+		// A reset is told once: who writes hears EPIPE if who reads was told, and who
+		// reads finds the end if who writes was.
 		return syscall.ECONNRESET
 	case errors.As(err, &errno):
 		return errno
